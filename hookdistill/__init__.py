@@ -1,0 +1,19 @@
+"""Distil one PyTorch model into another: name tensors by module path, say what is compared with what, train."""
+
+from . import losses as losses
+from .capture import Capture as Capture
+from .distiller import Distiller as Distiller
+from .engine import DistillationLoss as DistillationLoss
+from .engine import Losses as Losses
+from .errors import AddressError as AddressError
+from .errors import BatchError as BatchError
+from .errors import CaptureError as CaptureError
+from .errors import HookDistillError as HookDistillError
+from .errors import LossError as LossError
+from .errors import MatchError as MatchError
+from .errors import TrainerError as TrainerError
+from .losses import register_loss as register_loss
+from .matches import Match as Match
+from .plan import Plan as Plan
+
+__version__ = "0.1.0"
