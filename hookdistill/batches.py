@@ -157,7 +157,7 @@ def _by_position(
 
 
 def _main_inputs(model: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> set[str]:
-    """Parameters that a model cannot do without, even when the batch item is a target too (``input_ids`` of a language model)."""
+    """Parameters that a model needs even when the item is a target too (``input_ids`` of a language model)."""
     required = {name for name, p in parameters.items() if _is_required(p)}
     return required | {str(getattr(unwrap(model), "main_input_name", next(iter(parameters), "")))}
 

@@ -30,8 +30,8 @@ def outermost_running(model: nn.Module) -> tuple[int, nn.Module]:
     return calls[-1] if calls else (0, model)
 
 
-def is_running(model: nn.Module, roots: Container[int], *, besides: nn.Module) -> bool:
-    """Whether one of ``roots`` (ids of modules) is on this thread's stack, the call of ``besides`` that asks not counted."""
+def is_running(roots: Container[int], *, besides: nn.Module) -> bool:
+    """Whether one of ``roots`` (ids of modules) is on this thread's stack, not counting the innermost call of ``besides``."""
     calls = [module for _, module in _running() if id(module) in roots]
     return len(calls) > (1 if besides in calls[:1] else 0)
 

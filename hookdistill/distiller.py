@@ -59,7 +59,8 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         # In a dict, so that the teachers are no submodules: they are not trained, saved or wrapped with the student.
-        self._teachers: dict[str | None, nn.Module] = {**teacher} if isinstance(teacher, Mapping) else {None: teacher}
+        self._teachers: dict[str | None, nn.Module] = {}
+        self._teachers.update(teacher.items() if isinstance(teacher, Mapping) else [(None, teacher)])
         _check_models(self._teachers, student)
         self.student = student
         entries = [each for match in as_matches(matches) for each in expand(match, self._teachers, student)]

@@ -103,9 +103,10 @@ def _walk(
         yield from _walk(module._modules[head.text], rest, path, strict=strict)  # type: ignore[arg-type]
     else:
         for wanted in head.names:
-            child = _child_name(inner, wanted)
-            if child is not None:
-                yield from _walk(inner._modules[child], rest, _join(path, child), strict=strict)  # type: ignore[arg-type]
+            found = _child(inner, wanted)
+            if found is not None:
+                name, child = found
+                yield from _walk(child, rest, _join(path, name), strict=strict)
             elif strict:
                 raise AddressError(_no_such_child(module, inner, path, wanted, rest))
 
@@ -114,14 +115,15 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
-def _child_name(module: nn.Module, wanted: str) -> str | None:
-    children = module._modules
-    if children.get(wanted) is not None:
-        return wanted
+def _child(module: nn.Module, wanted: str) -> tuple[str, nn.Module] | None:
+    children = _children(module)
+    by_name = dict(children)
+    if wanted in by_name:
+        return wanted, by_name[wanted]
     if wanted.startswith("-") and wanted[1:].isdigit() and _is_list(module):
         position = len(children) + int(wanted)
         if 0 <= position < len(children):
-            return list(children)[position]
+            return children[position]
     return None
 
 

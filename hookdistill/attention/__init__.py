@@ -1,0 +1,9 @@
+"""What the attention inside a module saw: its query, key and value, and the map it made of them.
+
+``AttentionRecorder`` watches a module run, ``attention_scores`` and ``attention_probabilities`` turn what it saw into maps.
+"""
+
+from .calls import AttentionCall as AttentionCall
+from .calls import attention_probabilities as attention_probabilities
+from .calls import attention_scores as attention_scores
+from .recorder import AttentionRecorder as AttentionRecorder
