@@ -14,6 +14,7 @@ from .errors import MatchError as MatchError
 from .errors import TrainerError as TrainerError
 from .losses import register_loss as register_loss
 from .matches import Match as Match
+from .outline import outline as outline
 from .plan import Plan as Plan
 
 __version__ = "0.1.0"

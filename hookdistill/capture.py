@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .addresses import Address, parse
 from .errors import AddressError, CaptureError, CaptureKeyError, did_you_mean, listing
-from .paths import Found, module_paths, resolve, unwrap
+from .paths import Found, is_compiled, module_paths, resolve, unwrap
 from .session import Session
 from .slots import Slot
 
@@ -87,12 +87,12 @@ class Capture:
             self._session.recording = False
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record what runs inside, on this thread, and nothing after it."""
+    def recording(self, *, whole: bool = False) -> Iterator[None]:
+        """Record what runs inside, on this thread, and nothing after it; ``whole`` suspends ``stop=True``."""
         session = self._session
         if session is None:
             raise CaptureError("this Capture is not open")
-        session.recording, session.thread = True, threading.get_ident()
+        session.recording, session.thread, session.stop = True, threading.get_ident(), self.stop and not whole
         try:
             yield
         finally:
@@ -192,7 +192,7 @@ def _check_stop(model: nn.Module, addresses: list[Address]) -> None:
             f"stop=True cannot tell which call is the last one, as {listing(open_ended)} would need. "
             "Number the call from the front (@0, @1, …) or leave stop out."
         )
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+    if is_compiled(model):
         raise CaptureError(
             f"stop=True cannot end the forward of a compiled model ({type(unwrap(model)).__name__}). "
             "Capture from the model before torch.compile, or leave stop out."

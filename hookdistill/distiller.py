@@ -20,7 +20,8 @@ from .export import save_student
 from .matches import Match, as_matches
 from .paths import resolve
 from .plan import Plan, check_values, expand, row
-from .recorder import Recorder, Recorders, device_of, evaluating, teaching
+from .recorder import Recorder, Recorders
+from .running import device_of, teaching, undisturbed
 
 
 class Distiller(nn.Module):
@@ -154,12 +155,12 @@ class Distiller(nn.Module):
         inputs = self._inputs(batch)
         home = device_of(self.student)
         try:
-            with _undisturbed(self.student) if dry else contextlib.nullcontext():
+            with undisturbed(self.student) if dry else contextlib.nullcontext():
                 teachers = {}
                 for name, recorder in recorders.teachers.items():
                     with teaching(recorder.model):
                         device = device_of(recorder.model, otherwise=home)
-                        teachers[name] = recorder.run(inputs.teachers[name].to(device))
+                        teachers[name] = recorder.run(inputs.teachers[name].to(device), whole=dry)
                 yield teachers.get(None, teachers), recorders.student.run(inputs.student.to(home))
         finally:
             recorders.clear()
@@ -175,7 +176,9 @@ class Distiller(nn.Module):
                         ours.append(self._source_address(what, source, batch))
         student = Recorder(self.student, ours)
         try:
-            teachers = {name: Recorder(model, self._teacher_addresses(name)) for name, model in self._teachers.items()}
+            # A teacher of which no match wants a tensor is not run at all.
+            wanted = {name: addresses for name in self._teachers if (addresses := self._teacher_addresses(name))}
+            teachers = {name: Recorder(self._teachers[name], each, stop=True) for name, each in wanted.items()}
         except BaseException:
             student.close()
             raise
@@ -188,7 +191,9 @@ class Distiller(nn.Module):
 
     def _source_address(self, what: str, source: BatchKey, batch: Any) -> Address:
         try:
-            address = parse(str(source))
+            if isinstance(source, int):
+                raise AddressError("an address is a string")
+            address = parse(source)
             resolve(self.student, address)
             return address
         except AddressError as error:
@@ -198,13 +203,14 @@ class Distiller(nn.Module):
             ) from error
 
     def _inputs(self, batch: Any) -> _AllInputs:
+        running = {name: model for name, model in self._teachers.items() if self._teacher_addresses(name)}
         if self.batch_adaptor is not None:
-            return _adapted(self.batch_adaptor, device_of(self.student), batch, self._teachers)
+            return _adapted(self.batch_adaptor, device_of(self.student), batch, running)
         terms = self.loss.terms.values()
         targets = {each.target for each in terms if isinstance(each.target, (str, int))}
         masks = {each.mask for each in terms if isinstance(each.mask, (str, int))}
         return _AllInputs(
-            {name: model_inputs(model, batch, targets=targets, masks=masks) for name, model in self._teachers.items()},
+            {name: model_inputs(model, batch, targets=targets, masks=masks) for name, model in running.items()},
             model_inputs(self.student, batch, targets=targets, masks=masks),
         )
 
@@ -240,14 +246,6 @@ def _adapted(adaptor: BatchAdaptor, device: torch.device, batch: Any, teachers: 
         )
     for_teacher, for_student = adapted
     return _AllInputs({name: given_inputs(for_teacher) for name in teachers}, given_inputs(for_student))
-
-
-@contextlib.contextmanager
-def _undisturbed(student: nn.Module) -> Iterator[None]:
-    """A forward that leaves no trace: eval mode, no gradients, and the random state put back."""
-    devices = [device_of(student).index or 0] if device_of(student).type == "cuda" else []
-    with torch.random.fork_rng(devices), evaluating(student), torch.no_grad():
-        yield
 
 
 def _check_models(teachers: Mapping[str | None, nn.Module], student: nn.Module) -> None:

@@ -91,13 +91,10 @@ class Match:
             raise MatchError(f"Match({teacher!r}, {student!r}, loss={_loss_name(loss)!r}): {error}") from error
 
     def _check(self) -> None:
-        spec = loss_spec(self.loss)
-        if self.teacher is not None and spec.name == "cross_entropy" and isinstance(self.loss, str):
-            spec = loss_spec("soft_cross_entropy")  # a teacher's logits are no class indices
-        object.__setattr__(self, "spec", spec)
         object.__setattr__(self, "student_address", _address(self.student, self.selector))
         teacher = None if self.teacher is None else _address(self.teacher, self.selector)
         object.__setattr__(self, "teacher_address", teacher)
+        object.__setattr__(self, "spec", _spec(self))
         if self.name is not None and not (isinstance(self.name, str) and self.name):
             raise MatchError(f"name= must be a non-empty string, got {self.name!r}")
         check_adapter_name(self.adapter)
@@ -132,6 +129,21 @@ class Match:
             source = f"{self.teacher_model}/{source}"
         shown = source if isinstance(source, (str, int, Address)) else getattr(source, "__name__", "target")
         return f"{self.student_address} <- {shown}: {self.spec.name}"
+
+
+def _spec(match: Match) -> LossSpec:
+    """The loss meant by its name, which depends on what is compared."""
+    spec = loss_spec(match.loss)
+    if not isinstance(match.loss, str) or match.teacher_address is None:
+        return spec
+    if spec.name == "cross_entropy":
+        return loss_spec("soft_cross_entropy")  # a teacher's logits are no class indices
+    maps = [each.selector.word for each in (match.student_address, match.teacher_address)]
+    if spec.name == "kl" and maps == ["attention", "attention"]:
+        return loss_spec("attention_kl")  # probabilities are no logits
+    if spec.name == "mse" and maps[0] == maps[1] and maps[0] in ("attention", "attention_scores"):
+        return loss_spec("attention_mse")  # a token mask there means query and key
+    return spec
 
 
 def as_matches(entries: Iterable[Match | Mapping[str, Any]]) -> list[Match]:

@@ -49,6 +49,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``Module.compile`` was used on the model or anything in it."""
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+
+
 def forward_signature(module: nn.Module) -> inspect.Signature:
     """The signature of the user's ``forward``, seen through wrappers."""
     return inspect.signature(unwrap(module).forward)

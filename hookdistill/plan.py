@@ -13,6 +13,7 @@ from .errors import AddressError, MatchError, listing
 from .layer_maps import LAYER_MAPS
 from .matches import Match
 from .paths import Found, resolve
+from .tables import table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,33 +48,15 @@ class Plan:
         return len(self.rows)
 
     def __str__(self) -> str:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for heading in ("student", "shape", "teacher / target", "shape", "dtype", "adapter", "loss", "weight", "mask"):
-            table.add_column(heading, no_wrap=True)
-        table.add_column("now", justify="right", no_wrap=True)
-        for row in self.rows:
-            student, teacher = list(row.student_shape), list(row.teacher_shape)
-            cells = (
-                row.student,
-                student,
-                row.teacher,
-                teacher,
-                row.dtypes,
-                row.adapter,
-                row.loss,
-                row.weight,
-                row.mask,
+        headings = ("student", "shape", "teacher / target", "shape", "dtype", "adapter", "loss", "weight", "mask", "now")
+        cells = [
+            (
+                *(row.student, str(list(row.student_shape)), row.teacher, str(list(row.teacher_shape)), row.dtypes),
+                *(row.adapter, row.loss, row.weight, row.mask, f"{row.value:.4g}"),
             )
-            table.add_row(*(str(cell).replace("[", r"\[") for cell in cells), f"{row.value:.4g}")
-        console = Console(width=10_000, color_system=None, highlight=False)
-        with console.capture() as capture:
-            console.print(table)
-        lines = [line.rstrip() for line in capture.get().splitlines()]
-        return "\n".join([*lines, "", *self.inputs])
+            for row in self.rows
+        ]
+        return "\n".join([table(headings, cells, right=("now",)), "", *self.inputs])
 
 
 def expand(match: Match, teachers: Mapping[str | None, nn.Module], student: nn.Module) -> list[Match]:

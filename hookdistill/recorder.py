@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-import torch
 from torch import nn
 
 from .addresses import Address
 from .batches import Inputs
 from .capture import Capture, Captured
-
-Name = TypeVar("Name")
+from .paths import is_compiled
 
 
 class Recorder:
-    """Standing hooks on one model. They stay on between steps, because a compiled model sees none that come late."""
+    """Standing hooks on one model. They stay on between steps, because a compiled model sees none that come late.
 
-    def __init__(self, model: nn.Module, addresses: Iterable[Address]) -> None:
+    With ``stop`` a forward ends after the last tensor that is needed, wherever that can be known beforehand.
+    """
+
+    def __init__(self, model: nn.Module, addresses: Iterable[Address], *, stop: bool = False) -> None:
         self.model = model
-        self.capture = Capture(model, dict.fromkeys(addresses))
+        addresses = list(dict.fromkeys(addresses))
+        counted_from_the_end = any(each.call == "*" or (each.call or 0) < 0 for each in addresses)
+        self.capture = Capture(model, addresses, stop=stop and not counted_from_the_end and not is_compiled(model))
         self.captured = self.capture.open()
         self.capture.pause()
 
-    def run(self, inputs: Inputs) -> Captured:
-        """Call the model and give what was captured, until `clear`."""
-        with self.capture.recording():
+    def run(self, inputs: Inputs, *, whole: bool = False) -> Captured:
+        """Call the model, to its end if ``whole``, and give what was captured, until `clear`."""
+        with self.capture.recording(whole=whole):
             self.model(*inputs.args, **inputs.kwargs)
         return self.captured
 
@@ -58,34 +58,3 @@ class Recorders:
         """Take the hooks off all models."""
         for recorder in (self.student, *self.teachers.values()):
             recorder.close()
-
-
-@contextlib.contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode for all modules of the models; afterwards each is in the mode it was in."""
-    training = [module for model in models for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def teaching(model: nn.Module) -> Iterator[None]:
-    """A teacher's forward: eval mode, no gradients."""
-    with evaluating(model), torch.no_grad():
-        yield
-    if torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled():
-        # A weight that was cast under no_grad stays in autocast's cache without a gradient; a student that shares it
-        # with its teacher would silently not train it.
-        torch.clear_autocast_cache()
-
-
-def device_of(model: nn.Module, otherwise: torch.device | None = None) -> torch.device:
-    """Where the model's first parameter or buffer lies; for a model without any, ``otherwise`` or the CPU."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        return tensor.device
-    return otherwise or torch.device("cpu")

@@ -25,7 +25,7 @@ class _Map:
 
     query: Tensor
     key: Tensor
-    heads: tuple[int, int] | None = None  # (batch, heads), once they are seen apart where the product has them merged
+    heads: tuple[int, int] | None = None  # (batch, heads), where the product has the two merged and they were seen apart
     scores: Tensor | None = None  # what softmax saw of the keys
     logits: Tensor | None = None  # what softmax saw, attention sinks included
 
@@ -38,6 +38,7 @@ class Handwritten:
         self.weights: list[tuple[Tensor, _Map]] = []
         self.expanded: list[tuple[Tensor, tuple[Tensor, int]]] = []  # of x[:, :, None].expand(...): x, expanded dimension
         self.repeated: list[tuple[Tensor, Tensor]] = []  # keys or values, and those before each was repeated for its group
+        self.merged: list[tuple[Tensor, tuple[int, int]]] = []  # (batch · heads, length, width): batch and heads
         self.packed: list[tuple[Tensor, Tensor]] = []  # one query of many heads, turned into many queries of fewer heads
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> AttentionCall | None:
@@ -50,7 +51,7 @@ class Handwritten:
         return None
 
     def forget(self) -> None:
-        for entries in (self.scores, self.weights, self.expanded, self.repeated, self.packed):
+        for entries in (self.scores, self.weights, self.expanded, self.repeated, self.merged, self.packed):
             entries.clear()
 
     def before_repetition(self, heads: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ def _look_at_product(
     if found is not None:
         return _attention(found, seen.before_repetition(right))
     key = _grouped(right.transpose(-2, -1), _find(seen.repeated, right))
-    _add(seen.scores, result, _Map(left, key))
+    _add(seen.scores, result, _Map(left, key, heads=_find(seen.merged, left)))
     return None
 
 
@@ -206,6 +207,8 @@ def _look_at_reshape(seen: Handwritten, args: tuple[Any, ...], kwargs: dict[str,
     before = args[0]
     if seen.scores or seen.weights:
         seen.follow(torch.reshape, args, kwargs, result)
+    if before.ndim == 4 and result.ndim == 3 and before.shape[2:] == result.shape[1:]:
+        _add(seen.merged, result, (before.shape[0], before.shape[1]))
     if result.ndim != 4:
         return
     source, dim = _find(seen.expanded, before) or (None, 0)

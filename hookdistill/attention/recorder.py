@@ -94,6 +94,8 @@ class _Watch(TorchFunctionMode):
             return whole(self, func, args, kwargs)
         if type(func) in _OPERATORS:
             _refuse_flash(func)
+        if func is Tensor.unflatten:
+            func = torch.unflatten
         result = func(*args, **kwargs)
         call = self.handwritten.see(func, args, kwargs, result)
         if call is not None:

@@ -1,5 +1,6 @@
 """What the losses mean: plain functions of (student, teacher), and their names."""
 
+from .attention import attention_kl, attention_mse
 from .features import cosine, huber, l1, mse, normalized_mse, smooth_l1
 from .logits import cross_entropy, js, kl, reverse_kl, skew_kl, soft_cross_entropy, tvd
 from .reduction import masked_mean, reduce
@@ -7,6 +8,8 @@ from .registry import LossSpec, loss_spec, register_loss, registered_losses
 
 __all__ = [
     "LossSpec",
+    "attention_kl",
+    "attention_mse",
     "cosine",
     "cross_entropy",
     "huber",

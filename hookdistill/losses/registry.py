@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import LossError, did_you_mean, listing
 
-Compares = Literal["features", "logits", "labels", "any"]
+Compares = Literal["features", "logits", "labels", "attention", "any"]
 AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
 
 _BY_NAME: dict[str, LossSpec] = {}
@@ -23,7 +23,8 @@ class LossSpec:
     """A loss, and what it can be called with.
 
     ``compares`` says whether an automatic adapter makes sense: for ``"features"`` it does, for ``"logits"`` never, for
-    ``"labels"`` the second argument is a target rather than a teacher, ``"any"`` is for the user to decide.
+    ``"labels"`` the second argument is a target rather than a teacher, ``"attention"`` is of maps and needs no adapter either,
+    ``"any"`` is for the user to decide.
 
     ``parameters`` are the keywords beside the two tensors, ``mask`` and ``reduction``, in the order of the signature,
     without those that a ``functools.partial`` has already bound. ``accepts_any`` means ``**kwargs``.
