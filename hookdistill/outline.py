@@ -81,6 +81,13 @@ def outline(model: nn.Module, example_inputs: Any, *, pattern: str | None = None
     Raises:
         AddressError: ``pattern`` names nothing.
     """
+    made = survey(model, example_inputs, pattern=pattern, inputs=inputs)
+    sys.stdout.write(f"{made}\n")
+    return made
+
+
+def survey(model: nn.Module, example_inputs: Any, *, pattern: str | None = None, inputs: bool = False) -> Outline:
+    """What `outline` does, without printing."""
     listed = dict.fromkeys(found.path for found in resolve(model, parse(pattern))) if pattern is not None else None
     watcher = _Watcher(model)
     watcher.run(given_inputs(example_inputs).to(device_of(model)))
@@ -93,9 +100,7 @@ def outline(model: nn.Module, example_inputs: Any, *, pattern: str | None = None
             silent.append(path)
         else:
             rows += _rows(path, module, seen, inputs=inputs)
-    made = Outline(tuple(rows), tuple(silent))
-    sys.stdout.write(f"{made}\n")
-    return made
+    return Outline(tuple(rows), tuple(silent))
 
 
 @dataclasses.dataclass(slots=True)

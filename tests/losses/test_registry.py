@@ -101,8 +101,8 @@ def test_the_decorator_wants_a_name():
         register_loss("")
 
 
-def test_what_is_compared_is_one_of_four():
-    with pytest.raises(LossError, match="'mine' cannot compare 'hidden'.*'features', 'logits', 'labels', 'any'"):
+def test_what_is_compared_is_one_of_five():
+    with pytest.raises(LossError, match=r"'mine' cannot compare 'hidden'.*'features', 'logits', 'labels', 'attention', 'any'"):
         register_loss("mine", compares="hidden")
 
 
