@@ -1,7 +1,7 @@
 """Teach 3 BERT layers what 12 of a teacher compute, naming the layers by path: the older library's example, without an adaptor.
 
-Random weights and random data, so there is nothing to learn beyond imitation; the point is the config. Two minutes on two CPU
-cores at the small default size, of which the first line of the output is the plan. `--full` takes BERT-base's width.
+Random weights and random data, so there is nothing to learn beyond imitation; the point is the config. Half a minute on two CPU
+cores at the default width of 64; `--full` takes BERT-base's.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def bert(layers: int, *, full: bool) -> BertModel:
     return BertModel(BertConfig(num_hidden_layers=layers, **size), add_pooling_layer=False)
 
 
-def batches(count: int, batch_size: int = 16, tokens: int = 64) -> DataLoader:
+def batches(count: int, batch_size: int = 16, tokens: int = 32) -> DataLoader:
     input_ids = torch.randint(100, 1000, (count * batch_size, tokens))
     attention_mask = torch.ones_like(input_ids)
     data = TensorDataset(input_ids, attention_mask, torch.zeros_like(input_ids))

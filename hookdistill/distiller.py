@@ -36,7 +36,8 @@ class Distiller(nn.Module):
     training mode and ``requires_grad`` flags are left as they are. ``distiller.to(device)`` takes it along.
 
     Args:
-        teacher: a module, or several by name for ``Match(..., teacher_model=name)``.
+        teacher: a module; several by name for ``Match(..., teacher_model=name)``; or ``None``, for a student that is compared
+            with targets alone.
         student: the module to train.
         matches: `Match` entries, or dicts of the older library's config.
         example_batch: makes the plan, and with it the adapters, at once.
@@ -50,7 +51,7 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        teacher: nn.Module | Mapping[str, nn.Module],
+        teacher: nn.Module | Mapping[str, nn.Module] | None,
         student: nn.Module,
         matches: Iterable[Match | Mapping[str, Any]],
         *,
@@ -61,7 +62,8 @@ class Distiller(nn.Module):
         super().__init__()
         # In a dict, so that the teachers are no submodules: they are not trained, saved or wrapped with the student.
         self._teachers: dict[str | None, nn.Module] = {}
-        self._teachers.update(teacher.items() if isinstance(teacher, Mapping) else [(None, teacher)])
+        if teacher is not None:
+            self._teachers.update(teacher.items() if isinstance(teacher, Mapping) else [(None, teacher)])
         _check_models(self._teachers, student)
         self.student = student
         entries = [each for match in as_matches(matches) for each in expand(match, self._teachers, student)]
@@ -73,10 +75,10 @@ class Distiller(nn.Module):
             self.plan(example_batch)
 
     @property
-    def teacher(self) -> nn.Module | dict[str, nn.Module]:
-        """The teacher, or the teachers by name."""
-        if None in self._teachers:
-            return self._teachers[None]
+    def teacher(self) -> nn.Module | dict[str, nn.Module] | None:
+        """The teacher, or the teachers by name; ``None`` where there is none."""
+        if None in self._teachers or not self._teachers:
+            return self._teachers.get(None)
         return {str(name): module for name, module in self._teachers.items()}
 
     @property
@@ -253,5 +255,3 @@ def _check_models(teachers: Mapping[str | None, nn.Module], student: nn.Module) 
         if not isinstance(model, nn.Module):
             what = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__}"
             raise MatchError(f"{role} must be a torch.nn.Module, got {what}")
-    if not teachers:
-        raise MatchError("there is no teacher; give a module, or a dict of modules by name")

@@ -142,6 +142,8 @@ def _at(match: Match, teacher: Address | None, student: Address, index: int, cou
 
 
 def _teacher_name(match: Match, teachers: Mapping[str | None, nn.Module]) -> str | None:
+    if not teachers:
+        raise MatchError(f"{match.label}: the entry needs a teacher, but the distiller has none")
     known = [name for name in teachers if name is not None]
     if match.teacher_model in teachers:
         return match.teacher_model

@@ -1,0 +1,555 @@
+"""A loop around ``distiller(batch)``: `Trainer` is its settings, `Trainer.train` one training with them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader, Dataset
+
+from .distiller import Distiller
+from .engine import Losses
+from .errors import TrainerError, did_you_mean, listing
+from .evaluation import Evaluation, Evaluator, Measurement, held_out_losses, measure, save
+from .running import undisturbed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+PRECISIONS = ("no", "bf16", "fp16")
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """What `Trainer.train` did."""
+
+    steps: int
+    epochs: int
+    """Passes over the train loader; the last one need not have come to its end."""
+    seconds: float
+    loss: float
+    """The total, as the mean over the batches of the last pass."""
+    losses: Mapping[str, float]
+    """The parts by name, as the mean over the batches of the last pass."""
+    history: Sequence[Measurement]
+    """What the evaluators measured, from before the first step to after the last."""
+    best: Measurement | None
+    """The one with the best value of ``best=``."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Trainer:
+    """Trains a distiller's student, on accelerate: device, mixed precision and processes are its business.
+
+        result = Trainer(distiller, loader, epochs=3, output_dir="student").train()
+
+    Args:
+        distiller: trained in place; its adapters are made from the first batch, where they do not exist yet.
+        train_loader: a DataLoader, or any iterable of batches; without ``len`` it needs ``max_steps``.
+        eval_loader: for the evaluators; read from its start at every evaluation.
+        optimizer: an instance, or a callable that gets the list of trainable parameters, adapters among them. Default:
+            AdamW with weight decay 0.01 on all but one-dimensional parameters (biases, norms).
+        lr: of the default optimizer.
+        scheduler: an instance, or a callable ``(optimizer, total_steps)``; stepped once for each optimizer step. Default: a
+            cosine from the optimizer's rate to 0.
+        epochs: passes over the loader; this or ``max_steps``.
+        max_steps: optimizer steps, in as many passes as they take.
+        accumulate: batches for one optimizer step, whose loss is the mean of theirs: every batch weighs the same, however
+            many valid positions it has. The last step of a pass takes what is left. Default: accelerate's setting, 1.
+        clip_norm: largest norm of the gradient.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``. Default: what ``accelerate launch`` says, else no.
+        evaluators: each an `Evaluator`. Default: `held_out_losses`, where there is an ``eval_loader``.
+        evaluate_every: ``"epoch"``, a number of optimizer steps, or ``None``. In any case they are called before the first
+            step, where a mistake in them costs nothing yet, and after the last.
+        best: the metric by whose value ``output_dir/best`` is kept.
+        higher_is_better: whether it is. Default: unless ``best`` is ``"loss"`` or begins with ``"loss/"``.
+        output_dir: gets ``last``, and ``best`` if that is asked for: the student as `Distiller.export` writes it, and
+            ``adapters.safetensors``.
+        progress: a bar with the losses, as means since they were last shown.
+        seed: of Python's, NumPy's and torch's random numbers, set when the training starts.
+        accelerator: one of your own; it then decides about precision and accumulation.
+
+    Raises:
+        TrainerError: settings that contradict each other or the distiller.
+    """
+
+    distiller: Distiller
+    train_loader: Iterable[Any]
+    _: KW_ONLY
+    eval_loader: Iterable[Any] | None = None
+    optimizer: Optimizer | Callable[[list[nn.Parameter]], Optimizer] | None = None
+    lr: float | None = None
+    scheduler: LRScheduler | Callable[[Optimizer, int], LRScheduler] | None = None
+    epochs: int | None = None
+    max_steps: int | None = None
+    accumulate: int | None = None
+    clip_norm: float | None = None
+    mixed_precision: str | None = None
+    evaluators: Sequence[Evaluator] = ()
+    evaluate_every: Literal["epoch"] | int | None = "epoch"
+    best: str | None = None
+    higher_is_better: bool | None = None
+    output_dir: str | os.PathLike[str] | None = None
+    progress: bool = True
+    seed: int | None = None
+    accelerator: Accelerator | None = None
+
+    def __post_init__(self) -> None:
+        _check_kinds(self)
+        _check_length(self)
+        _check_measuring(self)
+        if isinstance(self.optimizer, Optimizer):
+            _check_optimizer(self.optimizer, self.distiller)
+        _check_scheduler(self)
+
+    def train(self) -> TrainResult:
+        """Train to the end; a second call is a training of its own that starts from the student as it is.
+
+        Afterwards the models are in the modes they were in, without hooks and gradients, and on the accelerator's device.
+
+        Raises:
+            HookDistillError: before the first optimizer step, a match or a setting that does not work; later, a loader
+                that gives no more batches, or a loss that is not finite.
+        """
+        with _accelerator(self) as accelerator, _in_training(self.distiller):
+            run = _Run(self, accelerator)
+            with run.bar:
+                run.evaluate()
+                while run.step < run.total:
+                    for group in run.groups():
+                        run.optimizer_step(group)
+                        if run.step == run.total:
+                            break
+                        if isinstance(self.evaluate_every, int) and run.step % self.evaluate_every == 0:
+                            run.evaluate()
+                    if self.evaluate_every == "epoch" or run.step == run.total:
+                        run.evaluate()
+                return run.finish()
+
+
+class _Run:
+    """One training: what it needs, made ready for the accelerator, and how far it has come."""
+
+    def __init__(self, settings: Trainer, accelerator: Accelerator) -> None:
+        from accelerate.utils import set_seed
+
+        self.started = time.perf_counter()
+        if settings.seed is not None:
+            set_seed(settings.seed)
+        if accelerator.device_placement:
+            settings.distiller.to(accelerator.device)
+        self.settings, self.accelerator = settings, accelerator
+        self.accumulate = accelerator.gradient_accumulation_steps
+        self.loader = _prepared(accelerator, settings.train_loader)
+        self.eval_loader = _prepared(accelerator, settings.eval_loader)
+        self.total = _total_steps(settings, self.loader, self.accumulate)
+        # The plan is made from the first batch of the first pass, so that no pass is begun for it and no batch is lost.
+        self.batches: Iterator[Any] | None = _with_plan(settings.distiller, iter(self.loader))
+        optimizer = _optimizer(settings)
+        self.scheduler = _scheduler(settings, optimizer, self.total)
+        _check_precision(settings.distiller, accelerator)
+        self.model, self.optimizer = accelerator.prepare(settings.distiller, optimizer)
+        self.step = self.epoch = 0
+        self.history: list[Measurement] = []
+        self.best: Measurement | None = None
+        self.means = _Means()
+        self.bar = _bar(self.total, settings.progress and accelerator.is_local_main_process)
+        self.looked_at, self.next_look = 0, time.perf_counter() + _SECONDS_BETWEEN_LOOKS
+
+    def groups(self) -> Iterator[list[Any]]:
+        """One pass over the loader, in groups of the batches that make an optimizer step."""
+        batches, self.batches = self.batches or iter(self.loader), None
+        self.epoch += 1
+        self.means.begin_pass()
+        empty = True
+        while group := list(itertools.islice(batches, self.accumulate)):
+            empty = False
+            yield group
+        if empty:
+            raise TrainerError(
+                f"pass {self.epoch} over train_loader gave no batch, at step {self.step} of {self.total}. A generator "
+                "can be read only once: pass a DataLoader or a list, or fewer max_steps"
+            )
+
+    def optimizer_step(self, group: list[Any]) -> None:
+        """Forward and backward of every batch of the group, then one step."""
+        for position, batch in enumerate(group, 1):
+            waiting = contextlib.nullcontext() if position == len(group) else self.accelerator.no_sync(self.model)
+            with waiting:
+                losses = self.model(batch, step=self.step)
+                # backward() divides by accumulate, which is too much for the short group at the end of a pass.
+                self.accelerator.backward(losses.total * (self.accumulate / len(group)))
+            self.means.add(losses)
+        if self.settings.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        self.optimizer.step()
+        if not self.optimizer.step_was_skipped:  # as it is when fp16 overflows
+            self.scheduler.step()
+        self.model.zero_grad()
+        self.step += 1
+        self.bar.update()
+        if time.perf_counter() >= self.next_look:
+            self.look()
+
+    def look(self) -> None:
+        """Show the losses; this waits for the device, so not at every step.
+
+        Raises:
+            TrainerError: the loss is not finite.
+        """
+        if self.means.count > self.means.read_count:
+            loss, parts = self.means.since_last_read()
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in {"loss": loss, **parts}.items())
+            if not math.isfinite(loss):
+                raise TrainerError(
+                    f"the loss is no longer finite; it was last looked at after step {self.looked_at} and now after step "
+                    f"{self.step}: {shown}. Training ends here, and this student is not saved. A lower lr, clip_norm= or "
+                    "mixed_precision='no' may help; print(distiller.plan(batch)) shows every part on one batch"
+                )
+            self.bar.set_postfix_str(shown, refresh=False)
+        self.looked_at = self.step
+        self.next_look = time.perf_counter() + _SECONDS_BETWEEN_LOOKS
+
+    def evaluate(self) -> None:
+        """Call the evaluators, and save the student if it is the best so far."""
+        settings = self.settings
+        evaluators = settings.evaluators or ((held_out_losses,) if settings.eval_loader is not None else ())
+        if not evaluators:
+            return
+        self.look()
+        with undisturbed(settings.distiller):
+            self.history.append(measure(evaluators, self._evaluation()))
+        if settings.best is not None and _is_better(settings.best, settings.higher_is_better, self.history[-1], self.best):
+            self.best = self.history[-1]
+            self._save("best")
+
+    def finish(self) -> TrainResult:
+        """Save the last student and sum up."""
+        self.look()
+        self._save("last")
+        self.accelerator.wait_for_everyone()
+        loss, losses = self.means.of_the_pass(self.accelerator)
+        return TrainResult(
+            steps=self.step,
+            epochs=self.epoch,
+            seconds=time.perf_counter() - self.started,
+            loss=loss,
+            losses=losses,
+            history=tuple(self.history),
+            best=self.best,
+        )
+
+    def _evaluation(self) -> Evaluation:
+        return Evaluation(
+            student=self.settings.distiller.student,
+            distiller=self.settings.distiller,
+            loader=self.eval_loader,
+            device=self.accelerator.device,
+            accelerator=self.accelerator,
+            step=self.step,
+            epoch=self.epoch,
+        )
+
+    def _save(self, name: str) -> None:
+        if self.settings.output_dir is not None and self.accelerator.is_main_process:
+            save(self.settings.distiller, Path(self.settings.output_dir) / name)
+
+
+class _Means:
+    """Means of the losses, summed on their device so that nothing waits for it until they are read."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sums: Tensor | float = 0.0  # [1 + parts] after the first batch
+        self.pass_sums: Tensor | float = 0.0
+        self.read_sums: list[float] = []
+        self.count = self.pass_count = self.read_count = 0
+
+    def add(self, losses: Losses) -> None:
+        """Count one batch."""
+        values = torch.stack([losses.total.detach(), *losses.parts.values()])
+        values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)  # mps has no float64
+        self.names = list(losses.parts)
+        self.sums = self.sums + values
+        self.count += 1
+
+    def begin_pass(self) -> None:
+        """From here on counts for `of_the_pass`."""
+        self.pass_sums, self.pass_count = self.sums, self.count
+
+    def since_last_read(self) -> tuple[float, dict[str, float]]:
+        """Total and parts, as means over the batches that no earlier call has told of."""
+        assert isinstance(self.sums, Tensor)
+        sums, before = self.sums.tolist(), self.read_sums or [0.0] * len(self.sums)
+        count = self.count - self.read_count
+        self.read_sums, self.read_count = sums, self.count
+        return self._named([(now - then) / count for now, then in zip(sums, before, strict=True)])
+
+    def of_the_pass(self, accelerator: Accelerator) -> tuple[float, dict[str, float]]:
+        """Total and parts, as means over all batches and processes."""
+        means = (self.sums - self.pass_sums) / (self.count - self.pass_count)
+        return self._named(accelerator.reduce(means, "mean").tolist())
+
+    def _named(self, values: list[float]) -> tuple[float, dict[str, float]]:
+        return values[0], dict(zip(self.names, values[1:], strict=True))
+
+
+@contextlib.contextmanager
+def _accelerator(settings: Trainer) -> Iterator[Accelerator]:
+    """The user's, or one for this training that leaves no state for the next."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, is_initialized
+
+    if settings.accelerator is not None:
+        yield settings.accelerator
+        return
+    first = not is_initialized()
+    try:
+        accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulate or 1
+        )
+    except ValueError as error:
+        way_out = "" if first else ". There is an Accelerator in this process already: pass it as accelerator="
+        raise TrainerError(f"accelerate refuses mixed_precision={settings.mixed_precision!r}: {error}{way_out}") from error
+    try:
+        yield accelerator
+    finally:
+        accelerator.free_memory()
+        if first:  # or a second training in this process could not choose another precision
+            AcceleratorState._reset_state()
+
+
+@contextlib.contextmanager
+def _in_training(distiller: Distiller) -> Iterator[None]:
+    """Training mode; afterwards modes as they were, no hooks, no gradients, and nothing of accelerate's on the distiller."""
+    modes = {module: module.training for module in distiller.modules()}
+    wrapping = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {name: vars(distiller)[name] for name in wrapping if name in vars(distiller)}
+    distiller.train()
+    distiller.zero_grad()
+    try:
+        yield
+    finally:
+        for module in distiller.modules():
+            module.training = modes.get(module, modes[distiller])  # adapters of the plan were not there before
+        for name in wrapping:
+            vars(distiller).pop(name, None)
+        vars(distiller).update(before)
+        distiller.zero_grad()
+        distiller.close()
+
+
+def _prepared(accelerator: Accelerator, loader: Any) -> Any:
+    return accelerator.prepare_data_loader(loader) if isinstance(loader, DataLoader) else loader
+
+
+def _with_plan(distiller: Distiller, batches: Iterator[Any]) -> Iterator[Any]:
+    for first in batches:
+        distiller.plan(first)
+        return itertools.chain([first], batches)
+    raise TrainerError("train_loader gives no batch; is its data set empty, or smaller than a batch under drop_last=True?")
+
+
+def _bar(total: int, shown: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, unit="step", disable=not shown, dynamic_ncols=True)
+
+
+def _is_better(name: str, higher: bool | None, now: Measurement, best: Measurement | None) -> bool:
+    if name not in now.metrics:
+        raise TrainerError(
+            f"best={name!r} is none of the metrics.{did_you_mean(name, now.metrics)} The evaluators measure "
+            f"{listing(now.metrics)}"
+        )
+    if higher is None:
+        higher = name != "loss" and not name.startswith("loss/")
+    value = now.metrics[name]
+    if best is None:
+        return not math.isnan(value)
+    return value > best.metrics[name] if higher else value < best.metrics[name]
+
+
+def _optimizer(settings: Trainer) -> Optimizer:
+    parameters = [parameter for parameter in settings.distiller.parameters() if parameter.requires_grad]
+    if settings.optimizer is None:
+        optimizer: Any = _default_optimizer(parameters, 1e-3 if settings.lr is None else settings.lr)
+    elif isinstance(settings.optimizer, Optimizer):
+        optimizer = settings.optimizer
+    else:
+        optimizer = settings.optimizer(parameters)
+    if not isinstance(optimizer, Optimizer):
+        raise TrainerError(f"optimizer= must return a torch optimizer, it returned {type(optimizer).__name__}")
+    _check_optimizer(optimizer, settings.distiller)
+    return optimizer
+
+
+def _default_optimizer(parameters: list[nn.Parameter], lr: float) -> Optimizer:
+    decayed = [parameter for parameter in parameters if parameter.dim() > 1]
+    others = [parameter for parameter in parameters if parameter.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr)
+
+
+def _scheduler(settings: Trainer, optimizer: Optimizer, total: int) -> LRScheduler:
+    if settings.scheduler is None:
+        return CosineAnnealingLR(optimizer, T_max=total)
+    made = settings.scheduler if isinstance(settings.scheduler, LRScheduler) else settings.scheduler(optimizer, total)
+    if not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau):
+        raise TrainerError(
+            f"scheduler= is a torch scheduler that is stepped without arguments, or a callable (optimizer, total_steps) that "
+            f"returns one; got {type(made).__name__}"
+        )
+    left = getattr(made, "total_steps", math.inf) - made.last_epoch
+    if left < total:
+        raise TrainerError(
+            f"the training takes {total} optimizer steps, but {type(made).__name__} has only {left} left; write "
+            "scheduler=lambda optimizer, total_steps: … to make one of the right length"
+        )
+    return made
+
+
+def _total_steps(settings: Trainer, loader: Any, accumulate: int) -> int:
+    if settings.max_steps is not None:
+        return settings.max_steps
+    length = _length(loader)
+    assert length is not None
+    assert settings.epochs is not None
+    return settings.epochs * math.ceil(length / accumulate)
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # an iterable, or a DataLoader of an IterableDataset without a length
+        return None
+
+
+def _check_kinds(settings: Trainer) -> None:
+    if not isinstance(settings.distiller, Distiller):
+        raise TrainerError(
+            f"distiller= is a hookdistill.Distiller, not prepared or wrapped; got {type(settings.distiller).__name__}"
+        )
+    for name, loader in (("train_loader", settings.train_loader), ("eval_loader", settings.eval_loader)):
+        if isinstance(loader, Dataset):
+            raise TrainerError(f"{name} is a data set, not batches of it; write DataLoader({name}, batch_size=…)")
+        if loader is not None and not isinstance(loader, Iterable):
+            raise TrainerError(f"{name} is a DataLoader or another iterable of batches, got {type(loader).__name__}")
+    for name in ("epochs", "max_steps", "accumulate"):
+        _check_number(name, getattr(settings, name), int)
+    for name in ("lr", "clip_norm"):
+        _check_number(name, getattr(settings, name), (int, float))
+    if settings.mixed_precision not in (None, *PRECISIONS):
+        raise TrainerError(f"mixed_precision={settings.mixed_precision!r} is not known; it is one of {listing(PRECISIONS)}")
+    for name, given, ours in _given_twice(settings):
+        raise TrainerError(
+            f"{name}={given!r} is given, but the accelerator has {ours!r}; leave {name}= out, or make both alike"
+        )
+    if settings.lr is not None and settings.optimizer is not None:
+        raise TrainerError(f"lr={settings.lr!r} is for the default optimizer, but optimizer= is given; write the rate there")
+
+
+def _given_twice(settings: Trainer) -> Iterator[tuple[str, object, object]]:
+    if (accelerator := settings.accelerator) is not None:
+        if settings.mixed_precision not in (None, accelerator.mixed_precision):
+            yield "mixed_precision", settings.mixed_precision, accelerator.mixed_precision
+        if settings.accumulate not in (None, accelerator.gradient_accumulation_steps):
+            yield "accumulate", settings.accumulate, accelerator.gradient_accumulation_steps
+
+
+def _check_number(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
+        raise TrainerError(f"{name}= must be a {'whole ' if kind is int else ''}number above 0, got {value!r}")
+
+
+def _check_length(settings: Trainer) -> None:
+    if (settings.epochs is None) == (settings.max_steps is None):
+        given = "neither" if settings.epochs is None else "both"
+        raise TrainerError(f"give epochs= or max_steps=, one of them, to say how long to train; {given} is given")
+    length = _length(settings.train_loader)
+    if length == 0:
+        raise TrainerError(
+            "train_loader is empty: it has 0 batches. Is the data set smaller than a batch under drop_last=True?"
+        )
+    if length is None and settings.max_steps is None:
+        kind = type(settings.train_loader).__name__
+        raise TrainerError(
+            f"epochs={settings.epochs} needs a train_loader with a length, and this {kind} has none; give max_steps="
+        )
+
+
+def _check_measuring(settings: Trainer) -> None:
+    if callable(settings.evaluators) or not all(callable(evaluator) for evaluator in settings.evaluators):
+        raise TrainerError(f"evaluators= is a list of callables that get an Evaluation, got {settings.evaluators!r:.80}")
+    if settings.evaluate_every not in (None, "epoch"):
+        if isinstance(settings.evaluate_every, str):
+            raise TrainerError(f"evaluate_every= is 'epoch', a number of steps or None, got {settings.evaluate_every!r}")
+        _check_number("evaluate_every", settings.evaluate_every, int)
+    if settings.best is not None and not settings.evaluators and settings.eval_loader is None:
+        raise TrainerError(f"best={settings.best!r} names a metric, but nothing is measured; give evaluators= or eval_loader=")
+    if settings.output_dir is not None:
+        try:
+            Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainerError(f"output_dir={str(settings.output_dir)!r} cannot be made: {error}") from error
+
+
+def _check_optimizer(optimizer: Optimizer, distiller: Distiller) -> None:
+    """The optimizer must train the student, all adapters there are so far, and nothing else."""
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if held.isdisjoint(distiller.student.parameters()):
+        raise TrainerError(
+            "the optimizer holds no parameter of the student. Make it from distiller.parameters() after distiller.plan(batch), "
+            "or pass a callable: optimizer=lambda parameters: …"
+        )
+    if strangers := held.difference(distiller.parameters()):
+        shapes = listing(str(list(parameter.shape)) for parameter in strangers)
+        raise TrainerError(
+            f"the optimizer holds {len(strangers)} parameters that are not the distiller's, of shapes {shapes}. They may be the "
+            "teacher's, or the student's before its modules were replaced; make the optimizer from distiller.parameters()"
+        )
+    left_out = [name for name, p in distiller.loss.named_parameters() if p.requires_grad and p not in held]
+    if left_out:
+        names = listing(dict.fromkeys(name.split(".")[1].replace("/", ".") for name in left_out))
+        raise TrainerError(
+            f"the optimizer does not hold the adapters (or losses with parameters) of {names}, so they would stay at random. "
+            "Call distiller.plan(batch), which makes them, and then make the optimizer from distiller.parameters(); or pass a "
+            "callable: optimizer=lambda parameters: …"
+        )
+
+
+def _check_scheduler(settings: Trainer) -> None:
+    if not isinstance(settings.scheduler, LRScheduler):
+        if settings.scheduler is not None and not callable(settings.scheduler):
+            raise TrainerError(f"scheduler= is a torch scheduler or a callable, got {type(settings.scheduler).__name__}")
+        return
+    if settings.scheduler.optimizer is not settings.optimizer:
+        raise TrainerError("scheduler= was made for another optimizer than optimizer=, and would change nothing; pass both")
+
+
+def _check_precision(distiller: Distiller, accelerator: Accelerator) -> None:
+    if accelerator.mixed_precision != "fp16":
+        return
+    if accelerator.device.type == "cpu":
+        raise TrainerError("mixed_precision='fp16' needs a GPU, and this is the CPU; use 'bf16' or 'no'")
+    half = [name for name, p in distiller.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if half:
+        raise TrainerError(
+            f"mixed_precision='fp16' keeps trained parameters in float32, but {listing(half, most=4)} are float16; call "
+            "student.float(), or use mixed_precision='bf16'"
+        )
