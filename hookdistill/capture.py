@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 
@@ -84,7 +83,7 @@ class Capture:
     def pause(self) -> None:
         """Let forwards pass unrecorded until `recording`."""
         if self._session is not None:
-            self._session.recording = False
+            self._session.pause()
 
     @contextlib.contextmanager
     def recording(self, *, whole: bool = False) -> Iterator[None]:
@@ -92,11 +91,12 @@ class Capture:
         session = self._session
         if session is None:
             raise CaptureError("this Capture is not open")
-        session.recording, session.thread, session.stop = True, threading.get_ident(), self.stop and not whole
+        session.record()
+        session.stop = self.stop and not whole
         try:
             yield
         finally:
-            session.recording = False
+            session.pause()
 
 
 class Captured(Mapping[str, Mapping[str, Tensor]]):

@@ -9,7 +9,7 @@ from types import FrameType
 
 from torch import nn
 
-from .paths import Found, module_paths, unwrap
+from .paths import Found, is_compiled, module_at, module_paths, unwrap
 
 
 def _running() -> Iterator[tuple[FrameType, nn.Module]]:
@@ -56,7 +56,7 @@ def why_never_called(model: nn.Module, found: Found, thread: int) -> str:
             f"{kind} was not called on the thread that opened the capture. A capture sees the forwards of its own thread; "
             "open it on the thread that runs the model."
         )
-    for cause in (_replaced, _script, _compiled, _fused_parent, _tied):
+    for cause in (_script, _compiled, _fused_parent, _tied):
         if sentence := cause(model, found, module):
             return f"{kind} was never called. {sentence}"
     if found.path:
@@ -67,12 +67,13 @@ def why_never_called(model: nn.Module, found: Found, thread: int) -> str:
     return f"Call the model as model(…): {kind}.forward(…) called directly cannot be seen by hooks."
 
 
-def _replaced(model: nn.Module, found: Found, module: nn.Module) -> str:
-    now = module_paths(model).get(found.path)
-    if now is found.module:
-        return ""
+def replaced(model: nn.Module, found: Found) -> str | None:
+    """What became of the module at the path of ``found`` since the capture was opened, if it is another one now."""
+    now = module_at(model, found.path)
+    if now is found.module or (now is not None and unwrap(now) is unwrap(found.module)):
+        return None
     became = f"is a {type(now).__name__} now" if now is not None else "is gone"
-    return f"The module at {found.path!r} was replaced after the capture was opened: it {became}. Open the capture again."
+    return f"the module at {found.path!r} was replaced after the capture was opened: it {became}. Open the capture again"
 
 
 def _script(model: nn.Module, found: Found, module: nn.Module) -> str:
@@ -86,7 +87,7 @@ def _script(model: nn.Module, found: Found, module: nn.Module) -> str:
 
 
 def _compiled(model: nn.Module, found: Found, module: nn.Module) -> str:
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+    if is_compiled(model):
         return (
             "The model is compiled, and hooks that come after its first compiled call are ignored. Open the capture "
             "before the first call, or call torch.compiler.reset() after opening it."

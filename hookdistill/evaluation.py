@@ -1,68 +1,153 @@
-"""What is measured during training, and when and how the student is saved."""
+"""What is measured during training, and how the student is saved."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from .distiller import Distiller
-from .export import save_student
+from .errors import TrainerError
+from .export import save_weights, write_whole
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+ADAPTERS = "adapters.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """What an `Evaluator` is given. All models are in eval mode, and nothing records gradients."""
+    """What an `Evaluator` gets: the models in eval mode, under ``no_grad``, and the place in the training.
 
-    distiller: Distiller
+    What an evaluator draws from torch's random numbers does not change the training.
+    """
+
     student: nn.Module
-    loader: Any
-    """The trainer's ``eval_loader``, whose batches come on ``device``; ``None`` where none was given."""
+    """The student itself, without wrappers and without autocast."""
+    distiller: Distiller
+    """Also the way to the teacher; ``distiller(batch, step=step)`` gives the losses in the precision of the training."""
+    loader: Iterable[Any] | None
+    """The ``eval_loader``; a DataLoader's batches come on `device`, and under several processes are this one's share."""
     device: torch.device
+    accelerator: Accelerator
     step: int
-    """Optimizer steps done."""
-    epoch: float
-    """Passes over the training data done."""
+    """Optimizer steps done; 0 before the first."""
+    epoch: int
+    """The pass over the train loader, counted from 1; 0 before the first step."""
 
     def save_student(self, path: str | os.PathLike[str]) -> None:
-        """Write the student as it is now to the folder ``path``."""
-        save_student(self.student, path)
+        """Write the student to the folder ``path``, and its adapters beside it; of several processes, the first one writes."""
+        if self.accelerator.is_main_process:
+            save(self.distiller, path)
 
 
 class Evaluator(Protocol):
-    """Decides what is measured, and, if it likes, when and how the student is saved: any callable of this form."""
+    """Decides what is measured, and when and how the student is saved: any callable from an `Evaluation` to metrics by name.
 
-    def __call__(self, evaluation: Evaluation) -> Mapping[str, float]:
-        """Measure; the numbers go to the log under their names, and ``Trainer(best=name)`` can choose by one of them."""
+    Saving goes by ``evaluation.save_student(path)``, apart from the best and the last student that the `Trainer` saves.
+    Under several processes it is called in each, and gathers by ``evaluation.accelerator``.
+    """
+
+    def __call__(self, evaluation: Evaluation, /) -> Mapping[str, float]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class StudentMetric:
-    """An evaluator from a function of the student and the evaluation data: ``function(student, loader) -> float``."""
+    """An evaluator from a function ``(student, eval_loader) -> number``, as in ``StudentMetric("accuracy", accuracy)``."""
 
     name: str
-    function: Callable[[nn.Module, Any], float]
+    function: Callable[[nn.Module, Iterable[Any]], float]
 
-    def __call__(self, evaluation: Evaluation) -> dict[str, float]:
-        return {self.name: float(self.function(evaluation.student, evaluation.loader))}
+    def __call__(self, evaluation: Evaluation, /) -> dict[str, float]:
+        """Raises a `TrainerError` when there is no ``eval_loader``."""
+        return {self.name: self.function(evaluation.student, _loader(evaluation, f"StudentMetric({self.name!r})"))}
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOutLosses:
-    """The distillation losses on the evaluation data: the mean over its batches of ``loss`` (the total) and of each part."""
+    """An evaluator: ``eval/loss``, the total, and ``eval/loss/<part>`` for each part, on the ``eval_loader``.
+
+    Means over batches: all batches weigh the same, whatever their size.
+    """
 
     prefix: str = "eval/"
 
-    def __call__(self, evaluation: Evaluation) -> dict[str, float]:
-        sums: dict[str, torch.Tensor] = {}
-        count = 0
-        for batch in evaluation.loader:
+    def __call__(self, evaluation: Evaluation, /) -> dict[str, float]:
+        """Raises a `TrainerError` when there is no ``eval_loader``, or no batch in it."""
+        names: list[str] = []
+        values = []
+        for batch in _loader(evaluation, "HeldOutLosses()"):
             losses = evaluation.distiller(batch, step=evaluation.step)
-            count += 1
-            for name, value in {"loss": losses.total, **losses.parts}.items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value
-        return {f"{self.prefix}{name}": float(value) / count for name, value in sums.items()}
+            names = ["loss", *(f"loss/{part}" for part in losses.parts)]
+            values.append(torch.stack([losses.total, *losses.parts.values()]).float())
+        if not values:
+            raise TrainerError(
+                f"eval_loader gave no batch at step {evaluation.step}. It is read at every evaluation, so it must be a "
+                "DataLoader, a list or the like with something in it; a generator can be read only once"
+            )
+        means = evaluation.accelerator.reduce(torch.stack(values).mean(0), "mean").tolist()
+        return {f"{self.prefix}{name}": mean for name, mean in zip(names, means, strict=True)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """The metrics of all evaluators at one point of the training."""
+
+    step: int
+    epoch: int
+    metrics: Mapping[str, float]
+
+
+def measure(evaluators: Sequence[Evaluator], evaluation: Evaluation) -> Measurement:
+    """Call every evaluator.
+
+    Raises:
+        TrainerError: one returns something else than numbers by name, or a name that another has returned.
+    """
+    metrics: dict[str, float] = {}
+    for evaluator in evaluators:
+        found = evaluator(evaluation)
+        if not isinstance(found, Mapping):
+            raise TrainerError(
+                f"the evaluator {_name(evaluator)} returned {type(found).__name__}, not a mapping of names to numbers. "
+                "A function (student, loader) -> number becomes an evaluator by StudentMetric(name, function)"
+            )
+        for name, value in found.items():
+            if name in metrics:
+                raise TrainerError(f"two evaluators measure {name!r}, the second is {_name(evaluator)}; rename one")
+            metrics[name] = _number(evaluator, name, value)
+    return Measurement(step=evaluation.step, epoch=evaluation.epoch, metrics=metrics)
+
+
+def save(distiller: Distiller, path: str | os.PathLike[str]) -> None:
+    """Write the student to the folder ``path``, and beside it the adapters, where they have a state, as `ADAPTERS`."""
+    distiller.export(path)
+    if distiller.adapters.state_dict():
+        write_whole(path, lambda folder: save_weights(distiller.adapters, folder / ADAPTERS))
+    else:
+        (Path(path) / ADAPTERS).unlink(missing_ok=True)  # those of an earlier run do not belong to this student
+
+
+def _loader(evaluation: Evaluation, asked_by: str) -> Iterable[Any]:
+    if evaluation.loader is None:
+        raise TrainerError(f"{asked_by} measures on held-out batches, but there are none; give the Trainer an eval_loader=")
+    return evaluation.loader
+
+
+def _number(evaluator: Evaluator, name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TrainerError(
+            f"the evaluator {_name(evaluator)} returned {name!r} = {value!r:.80}, which is no number: {error}"
+        ) from error
+
+
+def _name(evaluator: object) -> str:
+    return getattr(evaluator, "__name__", type(evaluator).__name__)

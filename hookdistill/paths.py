@@ -29,6 +29,10 @@ class Found:
     module: nn.Module
 
 
+class CallWrapper:
+    """What may stand where ``Module.compile()`` puts its compiled call, and compiles nothing."""
+
+
 def wrapped_name(module: nn.Module) -> str | None:
     """The attribute under which a wrapper (DDP, FSDP, ``torch.compile``, checkpointing) holds the module it wraps."""
     children = module._modules
@@ -51,7 +55,10 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether ``torch.compile`` or ``Module.compile`` was used on the model or anything in it."""
-    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+    return any(
+        hasattr(module, "_orig_mod") or not isinstance(module._compiled_call_impl, CallWrapper | None)
+        for module in model.modules()
+    )
 
 
 def forward_signature(module: nn.Module) -> inspect.Signature:
@@ -67,6 +74,16 @@ def has_forward(module: nn.Module) -> bool:
 def module_paths(model: nn.Module) -> dict[str, nn.Module]:
     """Every path of the model, aliases included, as ``named_modules()`` prints them on the bare model."""
     return {found.path: found.module for found in _walk(model, (Segment("**"),), "", strict=False)}
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path without wrapper prefixes, or ``None``; for many look-ups faster than `module_paths`."""
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        module = unwrap(module)._modules.get(name)
+        if module is None:
+            return None
+    return module
 
 
 def resolve(model: nn.Module, address: Address) -> list[Found]:

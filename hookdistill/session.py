@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from .addresses import ATTENTION_WORDS
 from .attention import AttentionCall, AttentionRecorder, attention_probabilities, attention_scores
-from .diagnosis import in_reentrant_checkpoint, is_running, outermost_running, why_never_called
+from .diagnosis import in_reentrant_checkpoint, is_running, outermost_running, replaced, why_never_called
 from .errors import CaptureError, listing
-from .paths import Found, forward_signature, module_paths, unwrap
+from .paths import CallWrapper, Found, forward_signature, module_paths, unwrap
 from .selection import Parameters, select_input, select_output
 from .slots import Slot, keep
 
 _graph_task_id = torch._C._current_graph_task_id
 _thread_id = threading.get_ident
+_is_grad_enabled = torch.is_grad_enabled
 
 
 class Stop(BaseException):
@@ -44,17 +46,16 @@ class Session:
         self.model = model
         self.slots = slots
         self.stop = stop
-        self.thread = _thread_id()
-        self.recording = True
         self.depth = 0
         self.state = "no forward"
-        self.reported = False
         self.grad = False
         self.remaining = 0
-        self.partial: int | None = None
+        self.partial: tuple[int, int] | None = None
+        self.from_model = False
         self.hooks: list[_Hook] = []
         self.roots: dict[int, _Root] = {}
-        self.restore: Callable[[], None] | None = None
+        self.here = threading.local()  # what a compiled hook can ask instead of the thread's number
+        self.record()
 
     def attach(self) -> None:
         """Put every hook on; none if one cannot be placed."""
@@ -66,31 +67,51 @@ class Session:
                 for kind in (*kinds, *[_OutputHook] * ("output" in words)):
                     self.hooks.append(kind(self, slots))
             if self.stop:
-                self.restore = _catch_stop(self.model, self)
+                _CatchesStop.of(self.model).sessions.append(self)
+            _open.add(self)
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
         """Take every hook off."""
+        _open.discard(self)
+        for slot in self.slots:
+            slot.failure = slot.failure or replaced(self.model, slot.found)
         for hook in (*self.hooks, *self.roots.values()):
             hook.remove()
         self.hooks, self.roots = [], {}
-        if self.restore is not None:
-            self.restore()
-            self.restore = None
+        _CatchesStop.release(self.model, self)
+
+    def record(self) -> None:
+        """Record what runs on the calling thread from now on."""
+        self.thread = self.recorded_thread = _thread_id()
+        if not getattr(self.here, "active", False):
+            self.here = threading.local()
+            self.here.active = True
+        self.recording = True
+        self.depth = 0
+
+    def pause(self) -> None:
+        """Let forwards pass unrecorded."""
+        self.recording = False
+        self.recorded_thread = 0
 
     def begin(self) -> None:
         """A new outermost forward: nothing of the last one is left."""
         self.state = "running"
-        self.reported = False
-        self.grad = torch.is_grad_enabled()
+        self.partial = None
         self.remaining = len(self.slots)
+        self.grad = _is_grad_enabled()
         for slot in self.slots:
             slot.reset()
-        if not is_compiling():
-            for hook in (*self.hooks, *self.roots.values()):
-                hook.last_in_line()
+        if not is_dynamo_compiling():
+            # A checkpoint around the whole model has turned gradients off before the model could see them.
+            self.grad = self.grad or in_reentrant_checkpoint()
+            for hook in self.hooks:
+                hook.prepare()
+            for root in self.roots.values():
+                root.prepare()
 
     def end(self, *, failed: bool = False) -> None:
         """The outermost forward is over."""
@@ -108,23 +129,24 @@ class Session:
 
     def concerns(self) -> bool:
         """Whether what runs now is a forward of this capture: not paused, this thread's, no recomputation in backward."""
-        return self.recording and _thread_id() == self.thread and _graph_task_id() == -1
+        if is_dynamo_compiling():
+            return self.recording and getattr(self.here, "active", False)
+        return _thread_id() == self.recorded_thread and _graph_task_id() == -1
 
     def inner_call(self) -> None:
         """A captured module runs although the model itself was not called: find out whose forward this is."""
         frame, module = outermost_running(self.model)
         if id(module) not in self.roots:
             self.roots[id(module)] = _Root(self, module)
-        if self.partial != frame:
+        call = (frame, id(module))  # the next call of this module comes through its root: no mistaking one frame for another
+        if self.partial != call:
             self.begin()
-            self.state, self.partial = "complete", frame
+            self.state, self.partial = "complete", call
 
-    def satisfied(self, slot: Slot, *, root: bool) -> None:
-        """``slot`` needs no further call; ends the forward if it was the last and the capture wants that."""
-        if self.grad and not slot.detach and not torch.is_grad_enabled() and in_reentrant_checkpoint():
-            slot.kept, slot.failure = None, _NO_GRADIENT
+    def satisfied(self) -> None:
+        """A slot needs no further call; ends the forward if it was the last and the capture wants that."""
         self.remaining -= 1
-        if self.stop and not self.remaining and not root and self.depth:
+        if self.stop and not self.remaining and not is_dynamo_compiling() and _may_stop(self):
             raise Stop(self)
 
     def value(self, slot: Slot) -> Tensor | list[Tensor]:
@@ -133,7 +155,12 @@ class Session:
         Raises:
             CaptureError: it gave nothing, or nothing that can be handed over truthfully.
         """
-        self.reported = True
+        slot.asked = True
+        self.check(slot)
+        return slot.value(running=self.state == "running")
+
+    def check(self, slot: Slot) -> None:
+        """Raise if the last forward gave nothing for ``slot``."""
         if self.state == "cleared":
             raise CaptureError(f"capture {slot.name!r}: the tensors of the last forward were cleared.")
         if self.state == "failed":
@@ -142,15 +169,31 @@ class Session:
             kind = type(unwrap(self.model)).__name__
             why = why_never_called(self.model, Found("", self.model), self.thread)
             raise CaptureError(f"capture {slot.name!r}: no forward of {kind} was seen since the capture was opened. {why}")
+        if self.hooks and (why := replaced(self.model, slot.found)):
+            raise CaptureError(f"capture {slot.name!r}: {why}.")
         if not slot.calls:
-            raise CaptureError(f"capture {slot.name!r}: {why_never_called(self.model, slot.found, self.thread)}")
-        return slot.value()
+            if self.state == "running":
+                raise CaptureError(f"capture {slot.name!r}: the module has not run yet in this forward.")
+            raise CaptureError(f"capture {slot.name!r}: {slot.failure or why_never_called(self.model, slot.found, self.thread)}")
+        slot.check()
 
     def check_complete(self) -> None:
-        """Raise for a tensor that the last forward did not produce, unless a look-up has raised already."""
-        if self.state == "complete" and not self.reported:
+        """Raise for a tensor that the last forward did not produce and that nobody has asked for since."""
+        if self.state == "complete":
             for slot in self.slots:
-                self.value(slot)
+                if not slot.asked:
+                    self.check(slot)
+
+
+_open: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _may_stop(session: Session) -> bool:
+    """Whether the running forward can end here: it is a call of the model itself, and no other capture waits for more."""
+    if not session.depth or not session.from_model or not _CatchesStop.stands(session.model):
+        return False
+    here = [each for each in _open if each is not session and each.depth and each.recorded_thread == session.recorded_thread]
+    return all(each.stop and each.model is session.model and each.remaining <= 0 for each in here)
 
 
 def _by_module(slots: Sequence[Slot]) -> list[list[Slot]]:
@@ -160,24 +203,52 @@ def _by_module(slots: Sequence[Slot]) -> list[list[Slot]]:
     return list(groups.values())
 
 
-def _catch_stop(model: nn.Module, session: Session) -> Callable[[], None]:
-    """Let calls of ``model`` return ``None`` when they are stopped; gives back what undoes it.
+class _CatchesStop(CallWrapper):
+    """Lets calls of a model return ``None`` when they are stopped.
 
-    The attribute is the one that ``Module.compile()`` uses: ``__call__`` goes through it, and torch leaves it out of
-    copies and pickles of the module.
+    Stands in the attribute that ``Module.compile()`` uses: ``__call__`` goes through it, and torch leaves it out of copies and
+    pickles of the module.
     """
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+        self.sessions: list[Session] = []
+
+    @staticmethod
+    def of(model: nn.Module) -> _CatchesStop:
+        """The one that stands on ``model``, put there if there is none."""
+        if not _CatchesStop.stands(model):
+            model._compiled_call_impl = _CatchesStop(model)
+        found = model._compiled_call_impl
+        assert isinstance(found, _CatchesStop)
+        return found
+
+    @staticmethod
+    def stands(model: nn.Module) -> bool:
+        """Whether there is one; a later ``Module.compile()`` has put something else in its place."""
+        return isinstance(model._compiled_call_impl, _CatchesStop)
+
+    @staticmethod
+    def release(model: nn.Module, session: Session) -> None:
+        """Let go of ``session``; the last one takes the attribute away."""
+        catcher = model._compiled_call_impl
+        if isinstance(catcher, _CatchesStop) and session in catcher.sessions:
+            catcher.sessions.remove(session)
+            if not catcher.sessions:
+                del model._compiled_call_impl
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model()
+        assert model is not None
         try:
             return model._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         except Stop as stop:
-            if stop.session is not session:
+            if stop.session.model is not model:
                 raise
-            session.end()
+            for session in self.sessions:
+                if session.depth and session.recorded_thread == stop.session.recorded_thread:
+                    session.end()
             return None
-
-    model._compiled_call_impl = call
-    return lambda: model.__dict__.pop("_compiled_call_impl", None)
 
 
 class _Inert:
@@ -200,6 +271,16 @@ class _Guarded:
         return (_Inert, ())
 
 
+def _overtaken(line: Mapping[int, Any], own: int) -> bool:
+    """Whether a hook that is not ours stands behind hook ``own`` in ``line``, so that it may change what ``own`` has seen."""
+    for number in reversed(line):  # type: ignore[call-overload]  # torch's annotation is that of a plain dict
+        if number == own:
+            return False
+        if not isinstance(line[number], _Guarded):
+            return True
+    return False
+
+
 class _Root:
     """Takes calls of a module for forwards of the model: a hook in front, and one behind every other hook."""
 
@@ -208,8 +289,9 @@ class _Root:
         self.ends = module.register_forward_hook(_ForwardEnds(session), always_call=True)
         self.line: Any = module._forward_hooks
 
-    def last_in_line(self) -> None:
-        self.line.move_to_end(self.ends.id)
+    def prepare(self) -> None:
+        if _overtaken(self.line, self.ends.id):
+            self.line.move_to_end(self.ends.id)
 
     def remove(self) -> None:
         self.begins.remove()
@@ -219,25 +301,23 @@ class _Root:
 class _ForwardBegins(_Guarded):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         session = self.session
-        if is_compiling():
+        if not session.concerns():
+            return
+        if session.depth and not is_dynamo_compiling() and not is_running(session.roots, besides=module):
+            session.depth = 0  # the last forward was left by something that is no Exception
+        if not session.depth:
             session.begin()
-        elif session.concerns():
-            if session.depth and not is_running(session.roots, besides=module):
-                session.depth = 0  # the last forward was left by something that is no Exception
-            if not session.depth:
-                session.begin()
-            session.depth += 1
+            session.from_model = module is session.model
+        session.depth += 1
 
 
 class _ForwardEnds(_Guarded):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         session = self.session
-        if is_compiling():
-            session.end()
-        elif session.depth and session.concerns():
+        if session.depth and session.concerns():
             session.depth -= 1
             if not session.depth:
-                session.end(failed=output is None and _is_raising(module))
+                session.end(failed=output is None and not is_dynamo_compiling() and _is_raising(module))
 
 
 def _is_raising(module: nn.Module) -> bool:
@@ -255,31 +335,77 @@ class _Hook(_Guarded):
     """A hook on one captured module, kept behind every other hook of that module."""
 
     words: tuple[str, ...]
+    in_front = False
+    """Runs before the module."""
 
     def __init__(self, session: Session, slots: Sequence[Slot]) -> None:
         super().__init__(session)
         self.slots = [slot for slot in slots if slot.address.selector.word in self.words]
-        found = self.slots[0].found
-        self.root = found.module is session.model
         self.handles: list[tuple[RemovableHandle, Any]] = []
-        self.place(found.module)
+        try:
+            self.place(self.slots[0].found.module)
+        except RuntimeError as error:  # a ScriptModule takes no hooks
+            self.remove()
+            raise CaptureError(
+                f"capture {self.slots[0].name!r}: no hook can be placed on this {type(self.slots[0].found.module).__name__} "
+                f"({error}). Capture from the model before scripting or tracing."
+            ) from error
 
     def place(self, module: nn.Module) -> None:
-        """Register on ``module`` and note the handles, each with the line it stands in."""
+        """Register on ``module`` and note the handles, each with the line it stands in; the last one is that of the hook
+        that takes the value."""
         raise AssertionError("each kind of hook places itself")
 
-    def last_in_line(self) -> None:
-        """Move behind hooks that the user has added since, so that the value seen is the one the model uses."""
+    def prepare(self) -> None:
+        """Before a forward: move behind hooks that the user has added since, to see the value that the model uses."""
         for handle, line in self.handles:
-            line.move_to_end(handle.id)
+            if _overtaken(line, handle.id):
+                line.move_to_end(handle.id)
 
     def remove(self) -> None:
         for handle, _ in self.handles:
             handle.remove()
 
     def offer(self, slot: Slot, take: Callable[[], Tensor]) -> None:
+        session = self.session
+        if session.grad and not slot.detach and not _is_grad_enabled() and not is_dynamo_compiling():
+            slot.gradless = slot.gradless or in_reentrant_checkpoint()
         if slot.offer(take):
-            self.session.satisfied(slot, root=self.root)
+            session.satisfied()
+
+    def hears(self) -> bool:
+        """Whether this call of the module is one to record; finds out whose forward it is where that is not known yet."""
+        session = self.session
+        if not session.concerns():
+            return False
+        if is_dynamo_compiling():
+            return not self.is_too_early()
+        if session.depth and not self.in_front:
+            return True
+        too_early = self.is_too_early()  # asked first: once a forward begins the hook stands last
+        if not session.depth:
+            session.inner_call()
+        if too_early:
+            self.fail()
+        return not too_early
+
+    def is_too_early(self) -> bool:
+        """Whether a hook behind this one may yet change the value, in this call.
+
+        Asked where `prepare` comes too late or not at all: of hooks on the module that begins the forward, whose order torch
+        has read already, and in compiled code.
+        """
+        handle, line = self.handles[-1]
+        if not _overtaken(line, handle.id):
+            return False
+        if is_dynamo_compiling():
+            self.fail()
+        return True
+
+    def fail(self) -> None:
+        for slot in self.slots:
+            slot.calls += 1
+            slot.failure = _OVERTAKEN
 
 
 class _OutputHook(_Hook):
@@ -290,17 +416,14 @@ class _OutputHook(_Hook):
         self.handles = [(module.register_forward_hook(self), module._forward_hooks)]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self.hears():
+            return
         session = self.session
-        if not is_compiling():
-            if not session.concerns():
-                return
-            if not session.depth:
-                session.inner_call()
         slot = self.only
-        if slot is not None and not slot.calls and type(output) is Tensor:
+        if slot is not None and not slot.calls and type(output) is Tensor and (_is_grad_enabled() or not session.grad):
             slot.calls = 1
             slot.kept = keep(output)
-            session.satisfied(slot, root=self.root)
+            session.satisfied()
             return
         for slot in self.slots:
             self.offer(slot, partial(select_output, output, slot.address.selector))
@@ -308,18 +431,15 @@ class _OutputHook(_Hook):
 
 class _InputHook(_Hook):
     words = ("input",)
+    in_front = True
 
     def place(self, module: nn.Module) -> None:
         self.names = Parameters.of(forward_signature(module))
         self.handles = [(module.register_forward_pre_hook(self, with_kwargs=True), module._forward_pre_hooks)]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        session = self.session
-        if not is_compiling():
-            if not session.concerns():
-                return
-            if not session.depth:
-                session.inner_call()
+        if not self.hears():
+            return
         for slot in self.slots:
             self.offer(slot, partial(select_input, args, kwargs, slot.address.selector, self.names))
 
@@ -337,25 +457,32 @@ class _AttentionHook(_Hook):
         self.handles = [(before, module._forward_pre_hooks), (after, module._forward_hooks)]
 
     def start(self) -> None:
-        if is_compiling() or self.session.concerns():
+        if self.hears():
             self.watching += 1
             self.recorder.start()
 
+    def is_too_early(self) -> bool:
+        return False  # what others do to inputs or outputs is no matter here
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self.watching:
+        if not self.watching or not self.hears():
             return
         self.watching -= 1
         calls = self.recorder.stop()
-        session = self.session
-        if not is_compiling() and not session.depth:
-            session.inner_call()
-        if output is None and not is_compiling() and _is_raising(module):
+        if output is None and not is_dynamo_compiling() and _is_raising(module):
             return
         for slot in self.slots:
-            self.offer(slot, partial(_attention_tensor, calls, slot, session.model))
+            self.offer(slot, partial(_attention_tensor, calls, slot, self.session.model))
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.unwind()
 
     def remove(self) -> None:
         super().remove()
+        self.unwind()
+
+    def unwind(self) -> None:
         while self.watching:  # the module was left by something that is no Exception
             self.watching -= 1
             self.recorder.stop()
@@ -391,8 +518,7 @@ def _attention_tensor(calls: Sequence[AttentionCall], slot: Slot, model: nn.Modu
     return tensor
 
 
-_NO_GRADIENT = (
-    "the tensor carries no gradient, because it was made inside a checkpointed segment with use_reentrant=True, whose forward "
-    "runs under no_grad. A loss on it would train nothing. Use use_reentrant=False, capture the output of the whole segment, "
-    "or pass detach=True if no gradient is wanted"
+_OVERTAKEN = (
+    "a hook that was registered on this module after the capture was opened runs behind that of the capture and may change the "
+    "value. Register other hooks first; without torch.compile it is enough to run the forward once more"
 )

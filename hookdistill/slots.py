@@ -4,48 +4,65 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from .addresses import Address, Segment
 from .errors import CaptureError
 from .paths import Found
 
+# Copy-on-write on Apple's GPUs is said to be unsafe (pytorch #150569): a plain copy there.
+_twin_of: Callable[[Tensor], Tensor] = torch.clone if torch.backends.mps.is_available() else torch._lazy_clone
+_address: Callable[[Tensor], int] = torch._C._data_address  # unlike data_ptr() it forces no copy
 
-class Kept(NamedTuple):
-    """A captured tensor: the reference itself with its version, and a copy-on-write twin beside it.
+Kept = tuple[Tensor, int | None, Tensor | None]
+"""A captured tensor: the reference itself, its version, and a copy-on-write twin.
 
-    The twin costs no memory until somebody writes. Reading gives the reference if nobody wrote, so that nothing downstream
-    (a compiled or Triton kernel that asks for the address) forces the copy; else the twin.
-    """
-
-    tensor: Tensor
-    version: int | None
-    twin: Tensor | None
+The twin costs no memory until somebody writes. Reading gives the reference if nobody wrote, so that nothing downstream (a
+compiled or Triton kernel that asks for the address) forces the copy; else the twin. The version stands in for a twin where
+there can be none. A plain tuple, because one is made at every captured call.
+"""
 
 
 def keep(tensor: Tensor) -> Kept:
     """Keep ``tensor`` as it is now."""
-    if is_compiling():
-        return Kept(tensor.clone(), None, None)  # part of the graph, where a copy that nothing needs is fused away
-    if type(tensor) is not Tensor or tensor.layout is not torch.strided:
-        return Kept(tensor, *((None, tensor.clone()) if tensor.is_inference() else (tensor._version, None)))
-    try:
-        twin = torch._lazy_clone(tensor)
-    except RuntimeError:  # memory that torch did not allocate itself (numpy, shared memory), functorch wrappers
-        twin = tensor.clone() if tensor.is_inference() else None
-    return Kept(tensor, None if tensor.is_inference() else tensor._version, twin)
+    if is_dynamo_compiling():
+        return tensor.clone(), None, None  # part of the graph, where a copy that nothing needs is fused away
+    if type(tensor) is Tensor:
+        try:
+            return tensor, None, _twin_of(tensor)
+        except RuntimeError:  # sparse, nested, memory that torch did not allocate itself (numpy, shared), functorch wrappers
+            pass
+    if tensor.is_inference():
+        return tensor.clone(), None, None  # without a version nobody could tell that it was overwritten
+    return tensor, tensor._version, None
 
 
 def read(kept: Kept) -> Tensor | None:
-    """The tensor as it was when it was kept; ``None`` if it was overwritten and could not be twinned."""
+    """The tensor as it was when it was kept; ``None`` if it was overwritten and nothing true is left of it."""
     tensor, version, twin = kept
-    if version is None:
-        return tensor if twin is None else twin
-    return tensor if tensor._version == version else twin
+    if twin is None:
+        return tensor if version is None or tensor._version == version else None
+    if not _was_changed(tensor, twin):
+        return tensor
+    # Made under no_grad the twin carries no gradient, although the tensor itself came with one.
+    return None if tensor.requires_grad and not twin.requires_grad else twin
+
+
+def _was_changed(tensor: Tensor, twin: Tensor) -> bool:
+    """Whether ``tensor`` has other memory, another shape or less of a graph than when its copy-on-write twin was made.
+
+    A write gives the writer memory of its own. Unlike the version counter this also sees writes through ``.data`` and those
+    of inference mode.
+    """
+    return (
+        _address(tensor) != _address(twin)
+        or tensor.shape != twin.shape
+        or tensor.stride() != twin.stride()
+        or (twin.requires_grad and not tensor.requires_grad)
+    )
 
 
 class Slot:
@@ -54,7 +71,7 @@ class Slot:
     ``kept`` is the tensor, or the last few where the call counts from the end, or all of them for ``@*``.
     """
 
-    __slots__ = ("address", "calls", "detach", "failure", "found", "kept", "plain")
+    __slots__ = ("address", "asked", "calls", "detach", "failure", "found", "gradless", "kept", "plain")
 
     def __init__(self, found: Found, address: Address, *, detach: bool) -> None:
         self.found = found
@@ -68,6 +85,9 @@ class Slot:
         """Forget the last forward."""
         self.calls = 0
         self.failure: str | None = None
+        self.asked = False
+        self.gradless = False
+        """Made under the no_grad of a reentrant checkpoint, whose own outputs get their gradient only later."""
         call = self.address.call
         self.kept: Kept | deque[Kept] | None = None
         if call == "*" or (call is not None and call < 0):
@@ -94,12 +114,39 @@ class Slot:
         self.kept = kept
         return True
 
-    def value(self) -> Tensor | list[Tensor]:
+    def value(self, *, running: bool = False) -> Tensor | list[Tensor]:
         """The tensor, or the list of tensors for ``@*``.
+
+        While the forward is still ``running``, a tensor that is handed over may yet be overwritten by the model: then the
+        twin is what is given.
 
         Raises:
             CaptureError: the calls that there were do not give it.
         """
+        kept = self._chosen()
+        if isinstance(kept, list):
+            return [self._true(each) for each in kept]
+        if running and kept[2] is not None:
+            return kept[2]
+        tensor = self._true(kept)
+        if tensor is kept[0] and kept[2] is not None and not isinstance(self.kept, deque):
+            # From here on it is the caller's, and a kernel that asks for its address should not have to copy it.
+            self.kept = (tensor, None if tensor.is_inference() else tensor._version, None)
+        return tensor
+
+    def check(self) -> None:
+        """Raise what `value` would raise, and hand nothing over."""
+        kept = self._chosen()
+        for each in kept if isinstance(kept, list) else [kept]:
+            self._true(each)
+
+    @property
+    def name(self) -> str:
+        """The address with its full path."""
+        segments = tuple(map(Segment, self.found.path.split("."))) if self.found.path else ()
+        return str(Address(segments, self.address.selector, self.address.call))
+
+    def _chosen(self) -> Kept | list[Kept]:
         call, kept = self.address.call, self.kept
         if self.failure:
             raise CaptureError(f"capture {self.name!r}: {self.failure}.")
@@ -110,28 +157,32 @@ class Slot:
             )
         if isinstance(kept, deque):
             if call == "*":
-                return [self._read(each) for each in kept]
+                return list(kept)
             kept = kept[0] if len(kept) == kept.maxlen else None
         if kept is None:
             ran = "once" if self.calls == 1 else f"{self.calls} times"
             raise CaptureError(f"capture {self.name!r}: the module ran {ran} in this forward, so there is no call {call}.")
-        tensor = self._read(kept)
-        if not isinstance(self.kept, deque):
-            self.kept = kept._replace(twin=None) if tensor is kept.tensor else kept
-        return tensor
+        return kept
 
-    @property
-    def name(self) -> str:
-        """The address with its full path."""
-        segments = tuple(map(Segment, self.found.path.split("."))) if self.found.path else ()
-        return str(Address(segments, self.address.selector, self.address.call))
-
-    def _read(self, kept: Kept) -> Tensor:
+    def _true(self, kept: Kept) -> Tensor:
         tensor = read(kept)
         if tensor is None:
-            kind = f"{type(kept.tensor).__name__} of layout {kept.tensor.layout}"
-            raise CaptureError(
-                f"capture {self.name!r}: the tensor was changed in place after the module returned it, and a {kind} cannot be "
-                "copied on write. Make the op that follows out of place (ReLU(inplace=False), x = x + y)."
-            )
+            raise CaptureError(f"capture {self.name!r}: {_overwritten(kept[0])}.")
+        if self.gradless and not tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex()):
+            raise CaptureError(f"capture {self.name!r}: {_NO_GRADIENT}.")
         return tensor
+
+
+def _overwritten(tensor: Tensor) -> str:
+    kind = type(tensor).__name__ if tensor.layout is torch.strided else f"{type(tensor).__name__} of layout {tensor.layout}"
+    return (
+        f"the {kind} was changed in place after the module returned it, or after it was looked up, and no copy of it could be "
+        "kept. Make the op that follows out of place (ReLU(inplace=False), x = x + y), or look it up and clone() it first"
+    )
+
+
+_NO_GRADIENT = (
+    "the tensor carries no gradient, because it was made inside a checkpointed segment with use_reentrant=True, whose forward "
+    "runs under no_grad. A loss on it would train nothing. Use use_reentrant=False, capture the output of the whole segment, "
+    "or pass detach=True if no gradient is wanted"
+)

@@ -6,9 +6,8 @@ import contextlib
 import itertools
 import math
 import os
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from .distiller import Distiller
 from .engine import Losses
 from .errors import TrainerError, did_you_mean, listing
-from .evaluation import Evaluation, Evaluator, Measurement, held_out_losses, measure, save
+from .evaluation import Evaluation, Evaluator, HeldOutLosses, Measurement, measure, save
 from .running import undisturbed
 
 if TYPE_CHECKING:
@@ -71,11 +70,12 @@ class Trainer:
             many valid positions it has. The last step of a pass takes what is left. Default: accelerate's setting, 1.
         clip_norm: largest norm of the gradient.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``. Default: what ``accelerate launch`` says, else no.
-        evaluators: each an `Evaluator`. Default: `held_out_losses`, where there is an ``eval_loader``.
+        evaluators: each an `Evaluator`. Default: `HeldOutLosses`, where there is an ``eval_loader``.
         evaluate_every: ``"epoch"``, a number of optimizer steps, or ``None``. In any case they are called before the first
             step, where a mistake in them costs nothing yet, and after the last.
         best: the metric by whose value ``output_dir/best`` is kept.
-        higher_is_better: whether it is. Default: unless ``best`` is ``"loss"`` or begins with ``"loss/"``.
+        higher_is_better: whether more of it is better. Default: unless it is a ``loss``, between slashes, as in
+            ``eval/loss``.
         output_dir: gets ``last``, and ``best`` if that is asked for: the student as `Distiller.export` writes it, and
             ``adapters.safetensors``.
         progress: a bar with the losses, as means since they were last shown.
@@ -226,7 +226,7 @@ class _Run:
     def evaluate(self) -> None:
         """Call the evaluators, and save the student if it is the best so far."""
         settings = self.settings
-        evaluators = settings.evaluators or ((held_out_losses,) if settings.eval_loader is not None else ())
+        evaluators = settings.evaluators or ((HeldOutLosses(),) if settings.eval_loader is not None else ())
         if not evaluators:
             return
         self.look()
@@ -376,7 +376,7 @@ def _is_better(name: str, higher: bool | None, now: Measurement, best: Measureme
             f"{listing(now.metrics)}"
         )
     if higher is None:
-        higher = name != "loss" and not name.startswith("loss/")
+        higher = "loss" not in name.split("/")
     value = now.metrics[name]
     if best is None:
         return not math.isnan(value)

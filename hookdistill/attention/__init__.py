@@ -1,6 +1,7 @@
 """What the attention inside a module saw: its query, key and value, and the map it made of them.
 
-``AttentionRecorder`` watches a module run, ``attention_scores`` and ``attention_probabilities`` turn what it saw into maps.
+``AttentionRecorder`` watches a module run; ``attention_scores`` and ``attention_probabilities`` make maps
+of what it saw.
 """
 
 from .calls import AttentionCall as AttentionCall

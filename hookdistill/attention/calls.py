@@ -1,25 +1,45 @@
 """One attention that ran, and the maps that follow from it.
 
-Letters: B batch, H query heads, G key/value heads (H, or fewer where heads are grouped), Q queries, K keys, D head width.
+Letters: B batch, H query heads, G key and value heads (H, or fewer if heads are grouped), Q queries, K keys, D width.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
+def running_module() -> nn.Module | None:
+    """The innermost module on the stack: the first argument of the nearest function that has one there.
+
+    None while torch.compile traces.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(first, nn.Module):
+            return first
+        frame = frame.f_back
+    return None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionCall:
     """One scaled-dot-product attention, as the model ran it.
 
-    Tensors are the model's own, attached to its graph. ``attention_scores`` and ``attention_probabilities`` belong right
-    after the module's forward, under the same autocast and before anything is overwritten.
+    Tensors are the model's own, attached to its graph. Maps are to be made of them right after the module's forward:
+    under the same autocast, and before anything is overwritten.
     """
 
     query: Tensor  # (B, H, Q, D), after rotary embedding
@@ -32,31 +52,47 @@ class AttentionCall:
     mask_mod: Callable[..., Tensor] | None = None  # flex_attention's
     scores: Tensor | None = None  # (B, H, Q, K) as the model's own Python code computed them: the four above are in it
     logits: Tensor | None = None  # what softmax then saw, where that is wider: (B, H, Q, K + attention sinks)
-    module: nn.Module | None = None  # innermost module that was running; None while torch.compile traces
+    module: nn.Module | None = field(default_factory=running_module)  # the one that ran this attention
 
 
 def attention_scores(call: AttentionCall) -> Tensor:
     """(B, H, Q, K): what goes into softmax, mask added, grouped heads repeated; what a boolean mask hides is -inf."""
     if call.scores is not None:
         return call.scores
-    scores = call.query @ _per_query_head(call.key, call.query).transpose(-2, -1) * call.scale
-    if call.score_mod is not None:
-        scores = _apply_score_mod(call.score_mod, scores)
-    return _masked(scores, call)
+    with aside():
+        scores = call.query @ _per_query_head(call.key, call.query).transpose(-2, -1) * call.scale
+        if call.score_mod is not None:
+            scores = _apply_score_mod(call.score_mod, scores)
+        return _masked(scores, call)
 
 
 def attention_probabilities(call: AttentionCall) -> Tensor:
     """(B, H, Q, K): softmax of the scores, before dropout, in the query's dtype; computed in float32 at least.
 
-    A query that may attend to no key gets a row of zeros with zero gradient, whatever the model's own kernel makes of it.
+    A query that may attend to no key gets a row of zeros with zero gradient, whatever the model makes of it.
     """
     scores = attention_scores(call)
     logits = scores if call.logits is None else call.logits
     lost = scores.detach().amax(-1, keepdim=True) <= _never(call, scores)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # The inner fill keeps softmax away from rows of -inf: 0 · NaN in its backward would be NaN.
-    probabilities = wide.masked_fill(lost, 0.0).softmax(-1).masked_fill(lost, 0.0)
-    return probabilities[..., : scores.shape[-1]].to(call.query.dtype)
+    with aside():
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # The inner fill keeps softmax away from rows of -inf: 0 · NaN in its backward would be NaN.
+        probabilities = wide.masked_fill(lost, 0.0).softmax(-1).masked_fill(lost, 0.0)
+        return probabilities[..., : scores.shape[-1]].to(call.query.dtype)
+
+
+def aside() -> AbstractContextManager[Any]:
+    """For computations beside the model's own, maybe inside a checkpointed segment that must not notice them.
+
+    ``torch.utils.checkpoint`` counts the tensors that a segment saves, and fails when its recomputation saves others.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _never(call: AttentionCall, scores: Tensor) -> float:

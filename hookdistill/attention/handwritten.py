@@ -1,14 +1,15 @@
 """Attention written out in Python: two batched matrix products with a softmax between them.
 
-What else lies between (scale, mask, soft cap, position bias, attention sinks, dropout) need not be understood: each result
-that comes of the first product and still has the shape of a map is followed until the second product takes it.
+What else lies between (scale, mask, soft cap, position bias, attention sinks, dropout) need not be understood: each
+result that comes of the first product and still has the shape of a map is followed until the second product takes it.
+On the way there, keys and values are traced back to what they were before each was repeated for its group of queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,41 +19,34 @@ from .calls import AttentionCall
 
 _MOST_FOLLOWED = 32  # tensors kept in sight; one attention needs about ten
 
+What = TypeVar("What")
+Sightings = list[tuple[Tensor, What]]
+
 
 @dataclass(slots=True, eq=False)
-class _Map:
+class Map:
     """A query-key product on its way to be an attention map."""
 
     query: Tensor
     key: Tensor
-    heads: tuple[int, int] | None = None  # (batch, heads), where the product has the two merged and they were seen apart
+    heads: tuple[int, int] | None  # (batch, heads), where the product has the two merged and they were seen apart
     scores: Tensor | None = None  # what softmax saw of the keys
     logits: Tensor | None = None  # what softmax saw, attention sinks included
 
 
+@dataclass(slots=True, eq=False)
 class Handwritten:
-    """Tensors in sight since the last attention, each with what it is."""
+    """Tensors in sight since the last attention, each with what is known of it."""
 
-    def __init__(self) -> None:
-        self.scores: list[tuple[Tensor, _Map]] = []
-        self.weights: list[tuple[Tensor, _Map]] = []
-        self.expanded: list[tuple[Tensor, tuple[Tensor, int]]] = []  # of x[:, :, None].expand(...): x, expanded dimension
-        self.repeated: list[tuple[Tensor, Tensor]] = []  # keys or values, and those before each was repeated for its group
-        self.merged: list[tuple[Tensor, tuple[int, int]]] = []  # (batch · heads, length, width): batch and heads
-        self.packed: list[tuple[Tensor, Tensor]] = []  # one query of many heads, turned into many queries of fewer heads
-
-    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> AttentionCall | None:
-        """Look at one finished call; the attention, if this was its last product."""
-        look = _LOOKS.get(func)
-        if look is not None:
-            return look(self, args, kwargs, result)
-        if (self.scores or self.weights) and isinstance(result, Tensor):
-            self.follow(func, args, kwargs, result)
-        return None
+    maps: Sightings[tuple[Map, bool]]  # True after softmax
+    expanded: Sightings[tuple[Tensor, int]]  # x.expand(...) by a new dimension: x without it, and where it is
+    repeated: Sightings[Tensor]  # keys or values with each head repeated: those before
+    merged: Sightings[tuple[int, int]]  # (batch · heads, length, width): batch and heads
+    packed: Sightings[Tensor]  # the heads of one query turned into queries of fewer heads: the query before
 
     def forget(self) -> None:
-        for entries in (self.scores, self.weights, self.expanded, self.repeated, self.merged, self.packed):
-            entries.clear()
+        for sightings in (self.maps, self.expanded, self.repeated, self.merged, self.packed):
+            sightings.clear()
 
     def before_repetition(self, heads: Tensor) -> Tensor:
         """Keys or values without the copies that ``repeat_kv`` and its like made of them."""
@@ -62,39 +56,40 @@ class Handwritten:
         return _find(self.packed, query)
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-        for entries in (self.scores, self.weights):
-            for position, argument in _tensors(args, kwargs):
-                found = _find(entries, argument)
-                if found is None or not _still_a_map(func, position, argument, result):
-                    continue
-                if func in _JOINS and found.scores is None:
-                    found.scores = argument
-                if argument.ndim == 3 and result.ndim == 4 and found.heads is None:
-                    found.heads = (result.shape[0], result.shape[1])
-                _add(entries, result, found)
-                return
+        """Keep ``result`` in sight if it is a map that comes of one in sight."""
+        for position, argument in _tensors(args, kwargs):
+            found = _find(self.maps, argument)
+            if found is None or not _still_a_map(func, position, argument, result):
+                continue
+            what = found[0]
+            if func in _JOINS and what.scores is None:
+                what.scores = argument
+            if argument.ndim == 3 and result.ndim == 4 and what.heads is None:
+                what.heads = (result.shape[0], result.shape[1])
+            _add(self.maps, result, found)
+            return
 
 
-def _find(entries: list[tuple[Tensor, Any]], tensor: Any) -> Any:
-    for known, what in reversed(entries):
+def _find(sightings: Sightings[What], tensor: Any) -> What | None:
+    for known, what in reversed(sightings):
         if known is tensor:
             return what
     return None
 
 
-def _add(entries: list[tuple[Tensor, Any]], tensor: Tensor, what: Any) -> None:
-    entries.append((tensor, what))
-    if len(entries) > _MOST_FOLLOWED:
-        del entries[0]
+def _add(sightings: Sightings[What], tensor: Tensor, what: What) -> None:
+    sightings.append((tensor, what))
+    if len(sightings) > _MOST_FOLLOWED:
+        del sightings[0]
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[tuple[int, Tensor]]:
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[int, Tensor]]:
     """Tensor arguments, those in a list with their place in it."""
     for argument in (*args, *kwargs.values()):
-        items = argument if isinstance(argument, (list, tuple)) else (argument,)
-        for position, item in enumerate(items):
-            if isinstance(item, Tensor):
-                yield position, item
+        if isinstance(argument, Tensor):
+            yield 0, argument
+        elif isinstance(argument, (list, tuple)):
+            yield from ((place, item) for place, item in enumerate(argument) if isinstance(item, Tensor))
 
 
 def _still_a_map(func: Any, position: int, before: Tensor, after: Tensor) -> bool:
@@ -113,7 +108,9 @@ def _grouped(heads: Tensor, source: Tensor | None) -> Tensor:
     return source if same and heads.shape[-3] % source.shape[-3] == 0 else heads
 
 
-# --- the products and the softmax ----------------------------------------------------------------------------------------
+# --- the products and the softmax
+
+Look = Callable[[Handwritten, tuple[Any, ...], dict[str, Any], Any], AttentionCall | None]
 
 
 def _look_at_product(
@@ -122,11 +119,11 @@ def _look_at_product(
     left, right = [operand for operand in (*args, *kwargs.values()) if isinstance(operand, Tensor)][-2:]
     if left.ndim < 3 or right.ndim < 3:
         return None
-    found = _find(seen.weights, left)
-    if found is not None:
-        return _attention(found, seen.before_repetition(right))
+    found = _find(seen.maps, left)
+    if found is not None and found[1]:
+        return _attention(found[0], seen.before_repetition(right))
     key = _grouped(right.transpose(-2, -1), _find(seen.repeated, right))
-    _add(seen.scores, result, _Map(left, key, heads=_find(seen.merged, left)))
+    _add(seen.maps, result, (Map(left, key, _find(seen.merged, left)), False))
     return None
 
 
@@ -138,22 +135,21 @@ def _look_at_einsum(
         return None
     inputs, out = equation.replace(" ", "").split("->")
     left, right = inputs.split(",")
-    found = _find(seen.weights, operands[0])
-    if found is not None:
-        value = _arranged(operands[1], right, left[:-2] + left[-1], free=1)
-        return None if value is None else _attention(found, value)
-    if len(out) >= 3 and out[-2] in left and out[-1] in right:
-        query = _arranged(operands[0], left, out[:-1], free=1)
-        key = _arranged(operands[1], right, out[:-2] + out[-1], free=1)
-        if query is not None and key is not None:
-            _add(seen.scores, result, _Map(query, key))
+    found = _find(seen.maps, operands[0])
+    if found is not None and found[1]:
+        value = _arranged(operands[1], right, left[:-2] + left[-1])
+        return None if value is None else _attention(found[0], value)
+    query = _arranged(operands[0], left, out[:-1])
+    key = _arranged(operands[1], right, out[:-2] + out[-1:])
+    if len(out) >= 3 and query is not None and key is not None:
+        _add(seen.maps, result, (Map(query, key, None), False))
     return None
 
 
-def _arranged(tensor: Tensor, letters: str, wanted: str, *, free: int) -> Tensor | None:
-    """The dimensions in the wanted order, ``free`` further ones last; None if there are others."""
+def _arranged(tensor: Tensor, letters: str, wanted: str) -> Tensor | None:
+    """The dimensions in the wanted order and one more behind them; None if there are others."""
     rest = [letter for letter in letters if letter not in wanted]
-    if len(rest) != free or len(letters) != len(wanted) + free:
+    if len(rest) != 1 or len(letters) != len(wanted) + 1:
         return None
     return tensor.permute([letters.index(letter) for letter in (*wanted, *rest)])
 
@@ -161,22 +157,23 @@ def _arranged(tensor: Tensor, letters: str, wanted: str, *, free: int) -> Tensor
 def _look_at_softmax(seen: Handwritten, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
     logits = args[0] if args else kwargs["input"]
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    found = _find(seen.scores, logits)
+    found = _find(seen.maps, logits)
     if found is None or dim not in (-1, logits.ndim - 1):
         return
-    found.logits = logits
-    if found.scores is None:
-        found.scores = logits
-    _add(seen.weights, result, found)
+    what = found[0]
+    what.logits = logits
+    if what.scores is None:
+        what.scores = logits
+    _add(seen.maps, result, (what, True))
 
 
-def _attention(found: _Map, value: Tensor) -> AttentionCall:
-    scores, logits = found.scores, found.logits
+def _attention(what: Map, value: Tensor) -> AttentionCall:
+    scores, logits = what.scores, what.logits
     assert scores is not None and logits is not None
-    heads = found.heads or ((scores.shape[0], scores.shape[1]) if scores.ndim == 4 else None)
+    heads = what.heads or ((scores.shape[0], scores.shape[1]) if scores.ndim == 4 else None)
     return AttentionCall(
-        query=_four_dimensional(found.query, heads),
-        key=_four_dimensional(found.key, heads),
+        query=_four_dimensional(what.query, heads),
+        key=_four_dimensional(what.key, heads),
         value=_four_dimensional(value, heads),
         scores=_four_dimensional(scores, heads),
         logits=None if logits.shape[-1] == scores.shape[-1] else _four_dimensional(logits, heads),
@@ -186,10 +183,12 @@ def _attention(found: _Map, value: Tensor) -> AttentionCall:
 def _four_dimensional(tensor: Tensor, heads: tuple[int, int] | None) -> Tensor:
     if tensor.ndim != 3:
         return tensor
-    return tensor.unflatten(0, heads) if heads and tensor.shape[0] == heads[0] * heads[1] else tensor.unsqueeze(1)
+    if heads is None or tensor.shape[0] != heads[0] * heads[1]:
+        return tensor.unsqueeze(1)
+    return tensor.reshape(*heads, *tensor.shape[1:])
 
 
-# --- heads that are repeated or packed -----------------------------------------------------------------------------------
+# --- heads that are repeated, merged with the batch, or packed
 
 
 def _look_at_expand(seen: Handwritten, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
@@ -205,19 +204,24 @@ def _look_at_expand(seen: Handwritten, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _look_at_reshape(seen: Handwritten, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
     before = args[0]
-    if seen.scores or seen.weights:
+    if seen.maps:
         seen.follow(torch.reshape, args, kwargs, result)
-    if before.ndim == 4 and result.ndim == 3 and before.shape[2:] == result.shape[1:]:
-        _add(seen.merged, result, (before.shape[0], before.shape[1]))
-    if result.ndim != 4:
-        return
-    source, dim = _find(seen.expanded, before) or (None, 0)
-    if source is not None:
+    if before.ndim == 5 and result.ndim == 4:
+        source, dim = _find(seen.expanded, before) or (None, 0)
         shape = before.shape
-        if result.shape == (*shape[: dim - 1], shape[dim - 1] * shape[dim], *shape[dim + 1 :]):
+        if source is not None and result.shape == (*shape[: dim - 1], shape[dim - 1] * shape[dim], *shape[dim + 1 :]):
             _add(seen.repeated, result, source)
-    elif before.ndim == 4 and before.shape[2] == 1 and result.shape[2] > 1 and before.shape[0] == result.shape[0]:
+    elif before.ndim == 4 and result.ndim == 3 and before.shape[2:] == result.shape[1:]:
+        _add(seen.merged, result, (before.shape[0], before.shape[1]))
+    elif before.ndim == 4 and result.ndim == 4 and _packs(before, result):
         _add(seen.packed, result, before)
+
+
+def _packs(before: Tensor, after: Tensor) -> bool:
+    """(B, H, 1, D) → (B, G, H/G, D): how transformers spares a generation step the repetition of keys."""
+    batch, heads, queries, width = before.shape
+    groups, packed = after.shape[1], after.shape[2]
+    return queries == 1 < packed and heads == groups * packed and (batch, width) == (after.shape[0], after.shape[3])
 
 
 def _look_at_repetition(seen: Handwritten, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
@@ -239,8 +243,7 @@ def _overlook(seen: Handwritten, args: tuple[Any, ...], kwargs: dict[str, Any], 
     """Of a transposed map the shape may tell nothing."""
 
 
-_Look = Callable[[Handwritten, tuple[Any, ...], dict[str, Any], Any], AttentionCall | None]
-_LOOKS: dict[Any, _Look] = {
+LOOKS: dict[Any, Look] = {
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm), _look_at_product),
     **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), _look_at_product),
     torch.einsum: _look_at_einsum,
@@ -249,7 +252,8 @@ _LOOKS: dict[Any, _Look] = {
     **dict.fromkeys((Tensor.reshape, Tensor.view, Tensor.flatten, torch.reshape, torch.flatten), _look_at_reshape),
     **dict.fromkeys((Tensor.repeat_interleave, torch.repeat_interleave), _look_at_repetition),
     **dict.fromkeys((Tensor.transpose, torch.transpose), _look_at_transpose),
-    **dict.fromkeys((Tensor.permute, torch.permute, Tensor.mT.__get__, Tensor.T.__get__), _overlook),
+    **dict.fromkeys((Tensor.permute, torch.permute), _overlook),
+    **dict.fromkeys((Tensor.mT.__get__, Tensor.T.__get__), _overlook),  # type: ignore[attr-defined]
 }
 _JOINS = frozenset({torch.cat, torch.concat, torch.concatenate})
 _CUTS = frozenset({Tensor.__getitem__, Tensor.narrow, torch.narrow})

@@ -1,23 +1,22 @@
-"""Seeing attention run, whoever wrote it and without replacing anything: a mode for torch functions, active while a module runs.
+"""Seeing attention run, whoever wrote it: a mode for torch functions that is active while one module runs.
 
-Under the mode every call into torch that Python makes on this thread passes by, so three kinds of attention can be seen:
+Under the mode every call into torch that Python makes on this thread passes by, so that three kinds of attention show:
 
-* ``F.scaled_dot_product_attention`` and ``flex_attention``: one call with everything in its arguments. An active mode also
-  turns off the fused forwards of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``, which end here too;
-* attention in Python code (Hugging Face's eager functions, nanoGPT, ``need_weights=True``), which ``handwritten`` follows;
+* ``F.scaled_dot_product_attention`` and ``flex_attention``: one call with everything in its arguments. An active mode
+  also turns off the fused forwards of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer``, which end here too;
+* attention in Python code (Hugging Face's eager functions, nanoGPT, ``need_weights=True``): ``handwritten`` follows it;
 * flash-attention's own operators, whose scores nobody can see: an error that names the way out.
 
-The stack of modes belongs to the thread, nothing is patched, and outside the module there is no mode. ``torch.compile`` traces
-through all of this; hence tensors are compared by ``is``, and a call is recognised by one look-up in a dictionary.
+Nothing is patched. The stack of modes belongs to the thread, and outside the module there is no mode. ``torch.compile``
+traces through all of this; hence tensors are compared by ``is``, and a function is recognised by one look-up.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from types import FrameType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -27,16 +26,16 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ..errors import CaptureError
-from .calls import AttentionCall
-from .handwritten import Handwritten
+from .calls import AttentionCall, aside, running_module
+from .handwritten import LOOKS, Handwritten
 
 
 class AttentionRecorder:
     """Sees the attention calls made between ``start()`` and ``stop()`` on the thread that called ``start()``.
 
-    ``start`` belongs in a forward pre-hook, ``stop`` in a forward hook with ``always_call=True``. Pairs may nest, those of one
-    recorder (a module that calls itself) and those of several; each open pair sees every call. One recorder serves one
-    thread at a time.
+    ``start`` belongs in a forward pre-hook, ``stop`` in a forward hook with ``always_call=True``. Pairs may nest, those
+    of one recorder (a module that calls itself) and those of several; each open pair sees every call. One recorder
+    serves one thread at a time.
     """
 
     def __init__(self) -> None:
@@ -45,7 +44,7 @@ class AttentionRecorder:
     def start(self) -> None:
         watch = _Watch()
         self._watches.append(watch)
-        watch.__enter__()
+        TorchFunctionMode.__enter__(watch)  # type: ignore[no-untyped-call]
 
     def stop(self) -> list[AttentionCall]:
         """The calls since the matching ``start``, in order; none without one. Nothing stays active.
@@ -56,7 +55,7 @@ class AttentionRecorder:
             return []
         watch = self._watches.pop()
         if torch.compiler.is_compiling():
-            watch.__exit__(None, None, None)
+            TorchFunctionMode.__exit__(watch, None, None, None)  # type: ignore[no-untyped-call]
         else:
             _leave(watch)
         return watch.finish()
@@ -64,14 +63,20 @@ class AttentionRecorder:
 
 def _leave(watch: TorchFunctionMode) -> None:
     """Take a mode off this thread's stack, also from under modes that were left there."""
-    stack = _get_current_function_mode_stack()
+    stack = _stack()
     if watch not in stack:
         return
     position = stack.index(watch)
     for _ in stack[position:]:
-        TorchFunctionMode.__exit__(watch, None, None, None)
+        TorchFunctionMode.__exit__(watch, None, None, None)  # type: ignore[no-untyped-call]
     for mode in stack[position + 1 :]:
-        TorchFunctionMode.__enter__(mode)
+        TorchFunctionMode.__enter__(mode)  # type: ignore[no-untyped-call]
+
+
+def _stack() -> list[TorchFunctionMode]:
+    """This thread's modes, the innermost last."""
+    stack: list[TorchFunctionMode] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return stack
 
 
 class _Watch(TorchFunctionMode):
@@ -80,30 +85,35 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[AttentionCall] = []
-        self.handwritten = Handwritten()
-        self.finished = False
+        self.handwritten = Handwritten([], [], [], [], [])
+        self.merged_heads: int | None = None  # while nn.MultiheadAttention runs
+        self.finished = False  # and yet on the stack, of a thread that stop() could not reach
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.finished:  # still on the stack of a thread that stop() could not reach
-            return func(*args, **kwargs)
         whole = _WHOLE_ATTENTIONS.get(func)
-        if whole is not None:
+        if whole is not None and not self.finished:
             return whole(self, func, args, kwargs)
         if type(func) in _OPERATORS:
             _refuse_flash(func)
-        if func is Tensor.unflatten:
-            func = torch.unflatten
+        if func is Tensor.unflatten and torch.compiler.is_compiling():
+            func = torch.unflatten  # dynamo cannot trace the super() in the method
         result = func(*args, **kwargs)
-        call = self.handwritten.see(func, args, kwargs, result)
-        if call is not None:
-            self.record(call)
+        look = LOOKS.get(func)
+        if look is not None and not self.finished:
+            call = look(self.handwritten, args, kwargs, result)
+            if call is not None:
+                self.record(call)
+        elif self.handwritten.maps and isinstance(result, Tensor):
+            self.handwritten.follow(func, args, kwargs, result)
         return result
 
     def record(self, call: AttentionCall) -> None:
-        self.calls.append(call if torch.compiler.is_compiling() else replace(call, module=_running_module()))
+        if self.merged_heads is not None and call.scores is not None:
+            call = _split_heads(call, call.scores, self.merged_heads)
+        self.calls.append(call)
         self.handwritten.forget()
 
     def finish(self) -> list[AttentionCall]:
@@ -111,18 +121,6 @@ class _Watch(TorchFunctionMode):
         self.handwritten.forget()
         calls, self.calls = self.calls, []
         return calls
-
-
-def _running_module() -> nn.Module | None:
-    """The innermost module on the stack: the first argument of the nearest function that has one there."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(first, nn.Module):
-            return first
-        frame = frame.f_back
-    return None
 
 
 def _scaled_dot_product(watch: _Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -152,10 +150,13 @@ def _scaled_dot_product_call(
         query = unpacked
         if attn_mask is not None and attn_mask.ndim == 4 and attn_mask.shape[1] > 1:
             attn_mask = attn_mask.reshape(attn_mask.shape[0], -1, 1, attn_mask.shape[-1])
+    key, value = seen.before_repetition(key), seen.before_repetition(value)
+    if query.ndim < 4:
+        query, key, value = (_with_heads(tensor) for tensor in (query, key, value))
     return AttentionCall(
-        query=_with_heads(query),
-        key=_with_heads(seen.before_repetition(key)),
-        value=_with_heads(seen.before_repetition(value)),
+        query=query,
+        key=key,
+        value=value,
         mask=attn_mask,
         is_causal=is_causal,
         scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
@@ -163,8 +164,8 @@ def _scaled_dot_product_call(
 
 
 def _with_heads(tensor: Tensor) -> Tensor:
-    """Attention on (batch, length, width) has one head."""
-    return tensor.unsqueeze(1) if tensor.ndim == 3 else tensor
+    """Attention on (batch, length, width), or on (length, width), has one head."""
+    return tensor.unsqueeze(1) if tensor.ndim == 3 else tensor[None, None]
 
 
 def _flex(watch: _Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -185,16 +186,19 @@ def _flex(watch: _Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _multi_head(watch: _Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    earlier = len(watch.calls)
-    with watch:  # the attention inside passes by as well
-        result = _multi_head_body(*args, **kwargs)
-    heads = args[4]
-    watch.calls[earlier:] = [_split_heads(call, heads) for call in watch.calls[earlier:]]
-    return result
+    watches = [watch, *(mode for mode in _stack() if isinstance(mode, _Watch))]
+    for each in watches:
+        each.merged_heads = args[4]
+    try:
+        with watch:  # the attention inside passes by as well
+            return _multi_head_body(*args, **kwargs)
+    finally:
+        for each in watches:
+            each.merged_heads = None
 
 
-# torch.nn.functional.multi_head_attention_forward hands itself to an active mode before it does anything else, every time.
-# The same code without that question can run under the mode. (From torch 2.13 on: torch.overrides.redispatch_function.)
+# F.multi_head_attention_forward first of all hands itself to an active mode, each time. The same code without that
+# question can run under the mode. (torch.overrides.redispatch_function is for this, but new in 2.13.)
 _multi_head_body = FunctionType(
     F.multi_head_attention_forward.__code__,
     {**vars(F), "has_torch_function": lambda tensors: False},
@@ -202,14 +206,14 @@ _multi_head_body = FunctionType(
 )
 
 
-def _split_heads(call: AttentionCall, heads: int) -> AttentionCall:
+def _split_heads(call: AttentionCall, scores: Tensor, heads: int) -> AttentionCall:
     """With ``need_weights=True`` torch merges batch and heads, and multiplies the query by the scale beforehand."""
-    if call.scores is None:
-        return call
     query, key, value, scores = (
-        tensor.squeeze(1).unflatten(0, (-1, heads)) for tensor in (call.query, call.key, call.value, call.scores)
+        tensor.reshape(-1, heads, *tensor.shape[-2:]) for tensor in (call.query, call.key, call.value, scores)
     )
-    return replace(call, query=query * math.sqrt(query.shape[-1]), key=key, value=value, scores=scores)
+    with aside():
+        query = query * math.sqrt(query.shape[-1])
+    return replace(call, query=query, key=key, value=value, scores=scores)
 
 
 _WHOLE_ATTENTIONS: dict[Any, Callable[[_Watch, Any, tuple[Any, ...], dict[str, Any]], Any]] = {
@@ -225,15 +229,15 @@ def _refuse_nested(func: Any, args: tuple[Any, ...]) -> Any:
     if (
         not torch.compiler.is_compiling()
         and args[0].is_nested
-        and isinstance(_running_module(), (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+        and isinstance(running_module(), (nn.MultiheadAttention, nn.TransformerEncoderLayer))
     ):
         raise CaptureError(_NESTED)
     return func(*args)
 
 
 _NESTED = (
-    "the attention runs on a nested tensor here, which has no (batch, heads, queries, keys) map. nn.TransformerEncoder makes "
-    "one of a padded batch in eval mode: build it with enable_nested_tensor=False, or call "
+    "the attention runs on a nested tensor here, which has no (batch, heads, queries, keys) map. nn.TransformerEncoder "
+    "makes one of a padded batch in eval mode: build it with enable_nested_tensor=False, or call "
     "torch.backends.mha.set_fastpath_enabled(False)."
 )
 
@@ -242,8 +246,8 @@ _OPERATORS = frozenset({OpOverload, OpOverloadPacket})
 
 def _refuse_flash(func: Any) -> None:
     name = str(func)
-    if "flash_attn" in name or "flash_attention" in name:
+    if ("flash_attn" in name or "flash_attention" in name) and not name.startswith("aten."):
         raise CaptureError(
-            f"the attention in {type(_running_module()).__name__} runs in the kernel {name!r}, which shows neither scores nor "
-            "probabilities. Choose one that does: model.set_attn_implementation('sdpa')."
+            f"the attention in {type(running_module()).__name__} runs in the kernel {name!r}, which shows neither "
+            "scores nor probabilities. Choose one that does: model.set_attn_implementation('sdpa')."
         )

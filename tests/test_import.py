@@ -1,0 +1,87 @@
+"""The front door: what the package exports, and what importing it does not do."""
+
+import subprocess
+import sys
+
+import pytest
+
+import hookdistill
+
+# Each issue adds its names here and nowhere else.
+EXPORTED = {
+    "AddressError",
+    "BatchError",
+    "Capture",
+    "CaptureError",
+    "DistillationLoss",
+    "Distiller",
+    "HookDistillError",
+    "LossError",
+    "Losses",
+    "Match",
+    "MatchError",
+    "Plan",
+    "TrainerError",
+    "losses",
+    "outline",
+    "register_loss",
+}
+HEAVY = ("transformers", "accelerate", "triton", "matplotlib", "typer", "rich", "tqdm", "pydantic", "safetensors", "sklearn")
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_the_exported_names_are_these():
+    import types
+
+    public = {name for name in vars(hookdistill) if not name.startswith("_")}
+    modules = {name for name in public if isinstance(getattr(hookdistill, name), types.ModuleType)}
+    assert public - modules | (modules & EXPORTED) == EXPORTED
+
+
+def test_every_exported_class_and_function_is_documented():
+    for name in EXPORTED:
+        assert getattr(hookdistill, name).__doc__, name
+
+
+def test_losses_are_exported_by_name_and_documented():
+    assert set(hookdistill.losses.__all__) <= set(vars(hookdistill.losses))
+    for name in hookdistill.losses.__all__:
+        assert getattr(hookdistill.losses, name).__doc__, name
+
+
+def test_importing_loads_nothing_heavy_and_prints_nothing():
+    code = (
+        "import sys, torch; before = set(sys.modules); import hookdistill; "
+        f"print(sorted({{n.split('.')[0] for n in set(sys.modules) - before}} & set({HEAVY!r})))"
+    )
+    assert python(code) == "[]\n"
+
+
+def test_importing_changes_no_global_of_torch():
+    code = (
+        "import torch, random; seed = torch.random.get_rng_state(); "
+        "was = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), torch.nn.Module.__call__, "
+        "torch.nn.functional.scaled_dot_product_attention); "
+        "import hookdistill; "
+        "now = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), torch.nn.Module.__call__, "
+        "torch.nn.functional.scaled_dot_product_attention); "
+        "print(was == now and torch.equal(seed, torch.random.get_rng_state()))"
+    )
+    assert python(code) == "True\n"
+
+
+@pytest.mark.parametrize("missing", ["triton", "transformers", "accelerate", "matplotlib", "typer", "sklearn"])
+def test_a_step_works_where_a_package_that_it_does_not_need_cannot_be_imported(missing):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; import torch, hookdistill as h; nn = torch.nn; "
+        "t, s = nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 4)); "
+        "d = h.Distiller(t, s, [h.Match('0', '0'), h.Match('', '', loss='kl', temperature=2.0)]); "
+        "x = torch.randn(2, 3); d.plan(x); d(x).total.backward(); print(s[0].weight.grad.shape)"
+    )
+    assert python(code) == "torch.Size([4, 3])\n"
