@@ -12,9 +12,15 @@ from .errors import HookDistillError as HookDistillError
 from .errors import LossError as LossError
 from .errors import MatchError as MatchError
 from .errors import TrainerError as TrainerError
+from .evaluation import Evaluation as Evaluation
+from .evaluation import Evaluator as Evaluator
+from .evaluation import HeldOutLosses as HeldOutLosses
+from .evaluation import StudentMetric as StudentMetric
 from .losses import register_loss as register_loss
 from .matches import Match as Match
 from .outline import outline as outline
 from .plan import Plan as Plan
+from .trainer import Trainer as Trainer
+from .trainer import TrainResult as TrainResult
 
 __version__ = "0.1.0"

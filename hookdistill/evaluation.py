@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from .distiller import Distiller
-from .errors import TrainerError
+from .errors import TrainerError, did_you_mean, listing
 from .export import save_weights, write_whole
 
 if TYPE_CHECKING:
@@ -102,6 +103,24 @@ class Measurement:
     step: int
     epoch: int
     metrics: Mapping[str, float]
+
+    def beats(self, best: Measurement | None, name: str, *, higher: bool | None) -> bool:
+        """Whether the metric ``name`` is better here than in ``best``; NaN never is.
+
+        Args:
+            higher: whether more is better; ``None``: unless ``name`` says ``loss``, between slashes.
+
+        Raises:
+            TrainerError: there is no such metric.
+        """
+        if name not in self.metrics:
+            hint = did_you_mean(name, self.metrics)
+            raise TrainerError(f"best={name!r} is none of the metrics.{hint} The evaluators give {listing(self.metrics)}")
+        value = self.metrics[name]
+        if best is None:
+            return not math.isnan(value)
+        higher = "loss" not in name.split("/") if higher is None else higher
+        return value > best.metrics[name] if higher else value < best.metrics[name]
 
 
 def measure(evaluators: Sequence[Evaluator], evaluation: Evaluation) -> Measurement:

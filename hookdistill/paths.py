@@ -78,12 +78,13 @@ def module_paths(model: nn.Module) -> dict[str, nn.Module]:
 
 def module_at(model: nn.Module, path: str) -> nn.Module | None:
     """The module at a path without wrapper prefixes, or ``None``; for many look-ups faster than `module_paths`."""
-    module: nn.Module | None = model
     for name in path.split(".") if path else ():
-        module = unwrap(module)._modules.get(name)
-        if module is None:
+        children = unwrap(model)._modules
+        child = children[name] if name in children else None  # noqa: SIM401  # a ScriptModule's children know no get()
+        if child is None:
             return None
-    return module
+        model = child
+    return model
 
 
 def resolve(model: nn.Module, address: Address) -> list[Found]:

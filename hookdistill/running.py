@@ -28,10 +28,9 @@ def teaching(model: nn.Module) -> Iterator[None]:
     """A teacher's forward: eval mode, no gradients."""
     with evaluating(model), torch.no_grad():
         yield
-    if torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled():
-        # A weight that was cast under no_grad stays in autocast's cache without a gradient; a student that shares it
-        # with its teacher would silently not train it.
-        torch.clear_autocast_cache()
+    # A weight that was cast under no_grad stays in autocast's cache without a gradient; a student that shares it with its
+    # teacher would silently not train it.
+    torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager

@@ -66,6 +66,7 @@ class Session:
                 kinds = [_InputHook] * ("input" in words) + [_AttentionHook] * bool(words & {*ATTENTION_WORDS})
                 for kind in (*kinds, *[_OutputHook] * ("output" in words)):
                     self.hooks.append(kind(self, slots))
+            self.roots[id(self.model)].prepare()
             if self.stop:
                 _CatchesStop.of(self.model).sessions.append(self)
             _open.add(self)
@@ -97,8 +98,8 @@ class Session:
         self.recording = False
         self.recorded_thread = 0
 
-    def begin(self) -> None:
-        """A new outermost forward: nothing of the last one is left."""
+    def begin(self, module: nn.Module) -> None:
+        """A new outermost forward, a call of ``module``: nothing of the last one is left."""
         self.state = "running"
         self.partial = None
         self.remaining = len(self.slots)
@@ -109,7 +110,7 @@ class Session:
             # A checkpoint around the whole model has turned gradients off before the model could see them.
             self.grad = self.grad or in_reentrant_checkpoint()
             for hook in self.hooks:
-                hook.prepare()
+                hook.prepare(module)
             for root in self.roots.values():
                 root.prepare()
 
@@ -140,7 +141,7 @@ class Session:
             self.roots[id(module)] = _Root(self, module)
         call = (frame, id(module))  # the next call of this module comes through its root: no mistaking one frame for another
         if self.partial != call:
-            self.begin()
+            self.begin(module)
             self.state, self.partial = "complete", call
 
     def satisfied(self) -> None:
@@ -174,7 +175,8 @@ class Session:
         if not slot.calls:
             if self.state == "running":
                 raise CaptureError(f"capture {slot.name!r}: the module has not run yet in this forward.")
-            raise CaptureError(f"capture {slot.name!r}: {slot.failure or why_never_called(self.model, slot.found, self.thread)}")
+            why = slot.failure or why_never_called(self.model, slot.found, self.thread)
+            raise CaptureError(f"capture {slot.name!r}: {why}")
         slot.check()
 
     def check_complete(self) -> None:
@@ -271,12 +273,15 @@ class _Guarded:
         return (_Inert, ())
 
 
-def _overtaken(line: Mapping[int, Any], own: int) -> bool:
-    """Whether a hook that is not ours stands behind hook ``own`` in ``line``, so that it may change what ``own`` has seen."""
+def _overtaken(line: Mapping[int, Any], own: int, session: Session | None = None) -> bool:
+    """Whether a hook that is not ours stands behind hook ``own`` in ``line``, so that it may change what ``own`` has seen.
+
+    Hooks of other captures change nothing; those of ``session`` count where it is given.
+    """
     for number in reversed(line):  # type: ignore[call-overload]  # torch's annotation is that of a plain dict
         if number == own:
             return False
-        if not isinstance(line[number], _Guarded):
+        if not isinstance(line[number], _Guarded) or line[number].session is session:
             return True
     return False
 
@@ -285,12 +290,13 @@ class _Root:
     """Takes calls of a module for forwards of the model: a hook in front, and one behind every other hook."""
 
     def __init__(self, session: Session, module: nn.Module) -> None:
+        self.session = session
         self.begins = module.register_forward_pre_hook(_ForwardBegins(session))
         self.ends = module.register_forward_hook(_ForwardEnds(session), always_call=True)
         self.line: Any = module._forward_hooks
 
     def prepare(self) -> None:
-        if _overtaken(self.line, self.ends.id):
+        if _overtaken(self.line, self.ends.id, self.session):
             self.line.move_to_end(self.ends.id)
 
     def remove(self) -> None:
@@ -306,7 +312,7 @@ class _ForwardBegins(_Guarded):
         if session.depth and not is_dynamo_compiling() and not is_running(session.roots, besides=module):
             session.depth = 0  # the last forward was left by something that is no Exception
         if not session.depth:
-            session.begin()
+            session.begin(module)
             session.from_model = module is session.model
         session.depth += 1
 
@@ -342,12 +348,14 @@ class _Hook(_Guarded):
         super().__init__(session)
         self.slots = [slot for slot in slots if slot.address.selector.word in self.words]
         self.handles: list[tuple[RemovableHandle, Any]] = []
+        self.module = self.slots[0].found.module
+        self.late = False
         try:
-            self.place(self.slots[0].found.module)
+            self.place(self.module)
         except RuntimeError as error:  # a ScriptModule takes no hooks
             self.remove()
             raise CaptureError(
-                f"capture {self.slots[0].name!r}: no hook can be placed on this {type(self.slots[0].found.module).__name__} "
+                f"capture {self.slots[0].name!r}: no hook can be placed on this {type(self.module).__name__} "
                 f"({error}). Capture from the model before scripting or tracing."
             ) from error
 
@@ -356,11 +364,17 @@ class _Hook(_Guarded):
         that takes the value."""
         raise AssertionError("each kind of hook places itself")
 
-    def prepare(self) -> None:
-        """Before a forward: move behind hooks that the user has added since, to see the value that the model uses."""
+    def prepare(self, begun: nn.Module) -> None:
+        """Before a forward: move behind hooks that the user has added since, to see the value that the model uses.
+
+        For the hooks in front of ``begun``, the module whose call begins the forward, that holds from the next call on: torch
+        has made its list of them already.
+        """
+        self.late = False
         for handle, line in self.handles:
             if _overtaken(line, handle.id):
                 line.move_to_end(handle.id)
+                self.late = self.in_front and self.module is begun
 
     def remove(self) -> None:
         for handle, _ in self.handles:
@@ -396,7 +410,7 @@ class _Hook(_Guarded):
         has read already, and in compiled code.
         """
         handle, line = self.handles[-1]
-        if not _overtaken(line, handle.id):
+        if not self.late and not _overtaken(line, handle.id):
             return False
         if is_dynamo_compiling():
             self.fail()
@@ -474,8 +488,8 @@ class _AttentionHook(_Hook):
         for slot in self.slots:
             self.offer(slot, partial(_attention_tensor, calls, slot, self.session.model))
 
-    def prepare(self) -> None:
-        super().prepare()
+    def prepare(self, begun: nn.Module) -> None:
+        super().prepare(begun)
         self.unwind()
 
     def remove(self) -> None:

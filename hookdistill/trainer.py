@@ -7,21 +7,20 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .distiller import Distiller
 from .engine import Losses
-from .errors import TrainerError, did_you_mean, listing
+from .errors import TrainerError, listing
 from .evaluation import Evaluation, Evaluator, HeldOutLosses, Measurement, measure, save
+from .optimization import GivenOptimizer, GivenScheduler, check_optimizer, check_scheduler, make_optimizer, make_scheduler
 from .running import undisturbed
 
 if TYPE_CHECKING:
@@ -90,9 +89,9 @@ class Trainer:
     train_loader: Iterable[Any]
     _: KW_ONLY
     eval_loader: Iterable[Any] | None = None
-    optimizer: Optimizer | Callable[[list[nn.Parameter]], Optimizer] | None = None
+    optimizer: GivenOptimizer = None
     lr: float | None = None
-    scheduler: LRScheduler | Callable[[Optimizer, int], LRScheduler] | None = None
+    scheduler: GivenScheduler = None
     epochs: int | None = None
     max_steps: int | None = None
     accumulate: int | None = None
@@ -111,9 +110,8 @@ class Trainer:
         _check_kinds(self)
         _check_length(self)
         _check_measuring(self)
-        if isinstance(self.optimizer, Optimizer):
-            _check_optimizer(self.optimizer, self.distiller)
-        _check_scheduler(self)
+        check_optimizer(self.optimizer, self.distiller)
+        check_scheduler(self.scheduler, self.optimizer)
 
     def train(self) -> TrainResult:
         """Train to the end; a second call is a training of its own that starts from the student as it is.
@@ -158,8 +156,8 @@ class _Run:
         self.total = _total_steps(settings, self.loader, self.accumulate)
         # The plan is made from the first batch of the first pass, so that no pass is begun for it and no batch is lost.
         self.batches: Iterator[Any] | None = _with_plan(settings.distiller, iter(self.loader))
-        optimizer = _optimizer(settings)
-        self.scheduler = _scheduler(settings, optimizer, self.total)
+        optimizer = make_optimizer(settings.optimizer, settings.distiller, lr=settings.lr)
+        self.scheduler = make_scheduler(settings.scheduler, optimizer, self.total)
         _check_precision(settings.distiller, accelerator)
         self.model, self.optimizer = accelerator.prepare(settings.distiller, optimizer)
         self.step = self.epoch = 0
@@ -232,7 +230,7 @@ class _Run:
         self.look()
         with undisturbed(settings.distiller):
             self.history.append(measure(evaluators, self._evaluation()))
-        if settings.best is not None and _is_better(settings.best, settings.higher_is_better, self.history[-1], self.best):
+        if settings.best is not None and self.history[-1].beats(self.best, settings.best, higher=settings.higher_is_better):
             self.best = self.history[-1]
             self._save("best")
 
@@ -327,7 +325,6 @@ def _accelerator(settings: Trainer) -> Iterator[Accelerator]:
     try:
         yield accelerator
     finally:
-        accelerator.free_memory()
         if first:  # or a second training in this process could not choose another precision
             AcceleratorState._reset_state()
 
@@ -367,59 +364,6 @@ def _bar(total: int, shown: bool) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=total, unit="step", disable=not shown, dynamic_ncols=True)
-
-
-def _is_better(name: str, higher: bool | None, now: Measurement, best: Measurement | None) -> bool:
-    if name not in now.metrics:
-        raise TrainerError(
-            f"best={name!r} is none of the metrics.{did_you_mean(name, now.metrics)} The evaluators measure "
-            f"{listing(now.metrics)}"
-        )
-    if higher is None:
-        higher = "loss" not in name.split("/")
-    value = now.metrics[name]
-    if best is None:
-        return not math.isnan(value)
-    return value > best.metrics[name] if higher else value < best.metrics[name]
-
-
-def _optimizer(settings: Trainer) -> Optimizer:
-    parameters = [parameter for parameter in settings.distiller.parameters() if parameter.requires_grad]
-    if settings.optimizer is None:
-        optimizer: Any = _default_optimizer(parameters, 1e-3 if settings.lr is None else settings.lr)
-    elif isinstance(settings.optimizer, Optimizer):
-        optimizer = settings.optimizer
-    else:
-        optimizer = settings.optimizer(parameters)
-    if not isinstance(optimizer, Optimizer):
-        raise TrainerError(f"optimizer= must return a torch optimizer, it returned {type(optimizer).__name__}")
-    _check_optimizer(optimizer, settings.distiller)
-    return optimizer
-
-
-def _default_optimizer(parameters: list[nn.Parameter], lr: float) -> Optimizer:
-    decayed = [parameter for parameter in parameters if parameter.dim() > 1]
-    others = [parameter for parameter in parameters if parameter.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr)
-
-
-def _scheduler(settings: Trainer, optimizer: Optimizer, total: int) -> LRScheduler:
-    if settings.scheduler is None:
-        return CosineAnnealingLR(optimizer, T_max=total)
-    made = settings.scheduler if isinstance(settings.scheduler, LRScheduler) else settings.scheduler(optimizer, total)
-    if not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau):
-        raise TrainerError(
-            f"scheduler= is a torch scheduler that is stepped without arguments, or a callable (optimizer, total_steps) that "
-            f"returns one; got {type(made).__name__}"
-        )
-    left = getattr(made, "total_steps", math.inf) - made.last_epoch
-    if left < total:
-        raise TrainerError(
-            f"the training takes {total} optimizer steps, but {type(made).__name__} has only {left} left; write "
-            "scheduler=lambda optimizer, total_steps: … to make one of the right length"
-        )
-    return made
 
 
 def _total_steps(settings: Trainer, loader: Any, accumulate: int) -> int:
@@ -470,10 +414,10 @@ def _given_twice(settings: Trainer) -> Iterator[tuple[str, object, object]]:
             yield "accumulate", settings.accumulate, accelerator.gradient_accumulation_steps
 
 
-def _check_number(name: str, value: Any, kind: type | tuple[type, ...]) -> None:
+def _check_number(name: str, value: Any, kind: Any) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < float(value) < math.inf:
         raise TrainerError(f"{name}= must be a {'whole ' if kind is int else ''}number above 0, got {value!r}")
 
 
@@ -507,39 +451,6 @@ def _check_measuring(settings: Trainer) -> None:
             Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainerError(f"output_dir={str(settings.output_dir)!r} cannot be made: {error}") from error
-
-
-def _check_optimizer(optimizer: Optimizer, distiller: Distiller) -> None:
-    """The optimizer must train the student, all adapters there are so far, and nothing else."""
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    if held.isdisjoint(distiller.student.parameters()):
-        raise TrainerError(
-            "the optimizer holds no parameter of the student. Make it from distiller.parameters() after distiller.plan(batch), "
-            "or pass a callable: optimizer=lambda parameters: …"
-        )
-    if strangers := held.difference(distiller.parameters()):
-        shapes = listing(str(list(parameter.shape)) for parameter in strangers)
-        raise TrainerError(
-            f"the optimizer holds {len(strangers)} parameters that are not the distiller's, of shapes {shapes}. They may be the "
-            "teacher's, or the student's before its modules were replaced; make the optimizer from distiller.parameters()"
-        )
-    left_out = [name for name, p in distiller.loss.named_parameters() if p.requires_grad and p not in held]
-    if left_out:
-        names = listing(dict.fromkeys(name.split(".")[1].replace("/", ".") for name in left_out))
-        raise TrainerError(
-            f"the optimizer does not hold the adapters (or losses with parameters) of {names}, so they would stay at random. "
-            "Call distiller.plan(batch), which makes them, and then make the optimizer from distiller.parameters(); or pass a "
-            "callable: optimizer=lambda parameters: …"
-        )
-
-
-def _check_scheduler(settings: Trainer) -> None:
-    if not isinstance(settings.scheduler, LRScheduler):
-        if settings.scheduler is not None and not callable(settings.scheduler):
-            raise TrainerError(f"scheduler= is a torch scheduler or a callable, got {type(settings.scheduler).__name__}")
-        return
-    if settings.scheduler.optimizer is not settings.optimizer:
-        raise TrainerError("scheduler= was made for another optimizer than optimizer=, and would change nothing; pass both")
 
 
 def _check_precision(distiller: Distiller, accelerator: Accelerator) -> None:

@@ -229,7 +229,6 @@ def without(item, key):
         ({**soft(), "loss": {"loss_function": "kl", "args": {1: 2.0}}}, ["1"]),
         (soft(weight="1.0"), ["weight", "1.0"]),
         (soft(weight=None), ["weight"]),
-        (soft(student=3), ["3"]),
         (soft(student="layers[0]"), ["layers[0]"]),
         (soft(output=""), ["bert_layer"]),
     ],

@@ -65,6 +65,15 @@ def watch(module: nn.Module, *args: Any, at: nn.Module | None = None, **kwargs: 
     return seen
 
 
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.inner(*args)
+
+
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
@@ -137,7 +146,7 @@ FAMILIES = [
     Family("Llama", GROUPED, "layers.1.self_attn"),  # grouped heads, rotary
     Family("Mistral", {**GROUPED, "sliding_window": 3}, "layers.1"),
     Family("Gemma2", {**GROUPED, "attn_logit_softcapping": 2.0}, "layers.1.self_attn", implementations=("eager",)),
-    Family("GptOss", {**GROUPED, "num_local_experts": 2}, "layers.1.self_attn", implementations=("eager",)),  # sinks
+    Family("GptOss", {**GROUPED, "num_local_experts": 4}, "layers.1.self_attn", implementations=("eager",)),  # sinks
     Family("T5", T5, "decoder.block.1.layer.0", "decoder_attentions"),  # position bias
     Family("T5", T5, "decoder.block.1.layer.1.EncDecAttention", "cross_attentions"),
     Family("Bart", SEQ2SEQ, "decoder.layers.1.encoder_attn", "cross_attentions"),
@@ -232,9 +241,9 @@ def test_generation_steps_of_grouped_heads(mask: Tensor | None) -> None:
                 )
     for fast, eager in zip(steps["sdpa"], steps["eager"], strict=True):
         assert fast.probabilities.shape == eager.probabilities.shape
+        sees_something = fast.probabilities.sum(-1, keepdim=True) > 0  # of what sees nothing, each makes something else
         close(fast.probabilities, eager.probabilities)
-        close(fast.call.query, eager.call.query)
-        close(fast.call.key, eager.call.key)
+        close(fast.call.query * sees_something, eager.call.query * sees_something)
     assert steps["sdpa"][1].call.query.shape == (3, 4, 1, 6)
     assert steps["sdpa"][1].call.key.shape == (3, 2, 7, 6)
 
@@ -585,17 +594,9 @@ def test_attention_sinks_take_their_share_and_are_no_keys() -> None:
 
 
 def test_nested_recorders_see_the_same_calls() -> None:
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.MultiheadAttention(12, 2, batch_first=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x, x, x)[0]
-
-    outer, x = Outer(), torch.randn(2, 5, 12)
+    outer, x = Around(nn.MultiheadAttention(12, 2, batch_first=True)), torch.randn(2, 5, 12)
     with watching(outer) as far, watching(outer.inner) as near:
-        outer(x)
+        outer(x, x, x)
     assert len(far) == len(near) == 1
     close(far[0].probabilities, near[0].probabilities)
     close(far[0].call.query, near[0].call.query)
@@ -622,10 +623,8 @@ def test_an_exception_leaves_nothing_behind() -> None:
             super().forward(*args)
             raise ValueError("after the attention")
 
-    with pytest.raises(ValueError, match="after the attention"), watching(Failing()) as seen:
-        Failing.__call__(module := Failing(), *tensors())
-    assert seen == []
-    with pytest.raises(ValueError), watching(module) as seen:
+    module = Failing()
+    with watching(module) as seen, pytest.raises(ValueError, match="after the attention"):
         module(*tensors())
     assert len(seen) == 1 and not _get_current_function_mode_stack()
 
@@ -732,7 +731,7 @@ def compiled_cases() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, nn.Mod
 
     def written() -> tuple[nn.Module, nn.Module, tuple[Tensor, ...]]:
         module = Written("summed")
-        return module, module, (torch.randn(2, 5, 12), MASK)
+        return Around(module), module, (torch.randn(2, 5, 12), MASK)
 
     yield "llama-sdpa", lambda: llama("sdpa")
     yield "llama-eager", lambda: llama("eager")
@@ -744,7 +743,7 @@ def compiled_cases() -> Iterator[tuple[str, Callable[[], tuple[nn.Module, nn.Mod
 @pytest.mark.parametrize("build", [pytest.param(build, id=name) for name, build in compiled_cases()])
 def test_compiled_in_one_graph(build: Callable[[], tuple[nn.Module, nn.Module, tuple[Tensor, ...]]]) -> None:
     model, attention, inputs = build()
-    parameters = [parameter for name, parameter in attention.named_parameters() if "o" not in name.split(".")[0][:1]]
+    parameters = list(attention.parameters())
     graphs = 0
 
     def backend(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
@@ -787,22 +786,10 @@ def test_compiled_with_graph_breaks_and_real_backends(backend: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_module_inside_the_watched_one() -> None:
-    module = Written("nano")
-    x = torch.randn(2, 5, 12)
-    (expected,) = watch(module, x, MASK)
-    whole = nn.Sequential(torch.compile(Functional(), backend="aot_eager"))
-    query, key, value = expected.call.query, expected.call.key, expected.call.value
-
-    class Holder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = whole[0]
-
-        def forward(self) -> Tensor:
-            return self.inner(query, key, value)
-
-    holder = Holder()
-    holder()
-    (seen,) = watch(holder)
-    close(seen.probabilities, by_hand(query, key, torch.ones(5, 5, dtype=torch.bool), scale=3**-0.5))
+    inputs = tensors()
+    around = Around(torch.compile(Functional(attn_mask=PADDED), backend="aot_eager"))
+    around(*inputs)  # compiled before anybody watches
+    for _ in range(2):
+        (seen,) = watch(around, *inputs)
+        close(seen.probabilities, by_hand(*inputs[:2], PADDED))
     torch.compiler.reset()

@@ -359,9 +359,7 @@ def test_zero_vectors_have_finite_first_and_second_derivatives(loss, dtype):
 
 def test_normalized_mse_is_twice_cosine():
     student, teacher = Case("cosine").inputs(3, 4, 6)
-    same(
-        losses.normalized_mse(student, teacher, reduction="none"), 2 * losses.cosine(student, teacher, reduction="none")
-    )
+    same(losses.normalized_mse(student, teacher, reduction="none"), 2 * losses.cosine(student, teacher, reduction="none"))
     same(
         losses.normalized_mse(student, teacher),
         (functional.normalize(student, dim=-1) - functional.normalize(teacher, dim=-1)).square().sum(-1).mean(),
@@ -524,6 +522,16 @@ def test_probabilities_that_underflow_stay_finite(case):
     assert value.isfinite().all()
     assert student.grad.isfinite().all()
     assert teacher.grad.isfinite().all()
+
+
+@each([Case("kl"), Case("reverse_kl"), Case("js"), Case("soft_cross_entropy")])
+def test_a_probability_that_underflows_may_meet_an_excluded_class(case):
+    underflows, excludes = torch.tensor([0.0, -200.0, 1.0]), torch.tensor([1.0, -INF, 0.0])
+    student, teacher = (underflows, excludes) if case.loss == "reverse_kl" else (excludes, underflows)
+    student.requires_grad_()
+    value = case.function(student, teacher)
+    same(value, case.function(student[::2], teacher[::2]))
+    assert gradient(value, student).isfinite().all()
 
 
 # Labels

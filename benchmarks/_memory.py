@@ -1,0 +1,112 @@
+"""Peak memory of two steps in a row under one approach, in a process of its own; prints the rows as JSON.
+
+On CUDA the allocator's peak. On the CPU the peak of the resident set over what was resident before, which Linux lets a process
+reset; with a low threshold for mmap, so that freed tensors leave the resident set at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from _approaches import APPROACHES, Approach
+from _models import WORKLOADS, capture_set
+from _steps import MODES, set_mode, step_of
+
+MEMORY_SETS = ("12 layers", "every module")
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def start(approach: str, workload: str, device: str, threads: int) -> subprocess.Popen[str]:
+    """The measurement in a process of its own."""
+    command = [sys.executable, __file__, approach, workload, device, str(threads)]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> list[dict[str, object]]:
+    """Its rows.
+
+    Raises:
+        RuntimeError: it failed; the message is the last line that it wrote.
+    """
+    out, error = process.communicate()
+    if process.returncode:
+        raise RuntimeError(error.strip().splitlines()[-1] if error.strip() else f"exit code {process.returncode}")
+    return json.loads(out.splitlines()[-1])
+
+
+def can_measure(device: str) -> bool:
+    return device == "cuda" or CLEAR.exists()
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The peak while ``run`` runs, over what was held before."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    CLEAR.write_text("5")  # the peak is now what is resident
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def measure(approach: Approach, workload_name: str, device: torch.device) -> list[dict[str, object]]:
+    workload = WORKLOADS[workload_name]
+    model = workload.model(device)
+    subject = approach.prepare(model) if approach.prepare else model
+    ids = workload.ids(device, workload.memory_batch)
+    sets = {name: capture_set(name, model, ids) for name in MEMORY_SETS}
+    plain = APPROACHES["no hooks"]
+    rows = []
+    for mode in (mode for mode in MODES if mode in approach.modes):
+        set_mode(mode, model)
+        set_mode(mode, subject)
+        if subject is model:
+            with plain.attach(model, []) as attached:
+                step_of(mode, attached, ids)()  # what a first step allocates for good: gradients, scratch memory
+        for captured, names in sets.items():
+            if approach.layers_only and captured != "12 layers":
+                continue
+            if subject is not model:
+                with approach.attach(subject, names) as attached:
+                    step_of(mode, attached, ids)()
+            with approach.attach(subject, names) as attached:
+                step = step_of(mode, attached, ids)
+                peak = peak_bytes(lambda step=step: (step(), step()), device)
+            rows.append({"mode": mode, "captured": captured, "modules": len(names), "peak_bytes": peak})
+            del attached, step
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("approach", choices=APPROACHES)
+    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("device")
+    parser.add_argument("threads", type=int)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    approach = APPROACHES[options.approach]
+    print(json.dumps(measure(approach, options.workload, torch.device(options.device))))
+
+
+if __name__ == "__main__":
+    main()

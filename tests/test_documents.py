@@ -1,0 +1,71 @@
+"""What the pages say, runs: every Python block of README.md and docs/, in order, page by page; and the example scripts."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import hookdistill
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+class Classifier(torch.nn.Module):
+    """A BERT with a head, whose layers are at ``encoder.layer`` as on the pages."""
+
+    def __init__(self, layers):
+        super().__init__()
+        sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+        bert = BertModel(BertConfig(num_hidden_layers=layers, **sizes), add_pooling_layer=False)
+        self.embeddings, self.encoder, self.head = bert.embeddings, bert.encoder, torch.nn.Linear(16, 2)
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        allowed = attention_mask[:, None, None, :].bool()
+        hidden = self.encoder(self.embeddings(input_ids), attention_mask=allowed)[0]
+        return {"logits": self.head(hidden[:, 0])}
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_code_blocks_run(page, capsys):
+    torch.manual_seed(0)
+    ids = torch.randint(1, 50, (2, 6))
+    names = {
+        "hookdistill": hookdistill,
+        "Match": hookdistill.Match,
+        "batch": {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])},
+        "teacher": Classifier(12),
+        "student": Classifier(3),
+        "model": Classifier(4),
+        "theirs": torch.randn(2, 6, 8),
+        "ours": torch.randn(2, 6, 8, requires_grad=True),
+    }
+    for block in blocks(page):
+        if "DistillationLoss" in block:
+            names["matches"] = [hookdistill.Match("encoder.layer.3", "encoder.layer.0", mask="attention_mask")]
+        exec(compile(block, str(page), "exec"), names)
+
+
+def test_the_first_screen_is_sentence_commands_code_and_table():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert max(line.startswith("│ distilled") and number for number, line in enumerate(lines)) < 40
+    assert len(blocks(ROOT / "README.md")[0].splitlines()) <= 10
+    commands = [line for line in lines if line.startswith("pip install -c constraints.txt")]
+    assert [line.split("&& ")[1] for line in commands] == ["python examples/quickstart.py", "pytest"]
+
+
+def test_the_bert_example_runs():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "bert_layers.py"), "--steps", "5"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^encoder\.layer\.2 .* encoder\.layer\.11 ", done.stdout, re.MULTILINE)
+    assert "after 5 steps" in done.stdout
