@@ -87,6 +87,7 @@ def ours_read(model: nn.Module, names: Names) -> Iterator[Attached]:
         got: list[Tensor] = []
 
         def forward(ids: Tensor) -> Tensor:
+            got.clear()
             last_hidden_state = run(ids)
             got[:] = tensors()
             return last_hidden_state
@@ -128,6 +129,7 @@ def hidden_states(model: nn.Module, names: Names) -> Iterator[Attached]:
     got: list[Tensor] = []
 
     def forward(ids: Tensor) -> Tensor:
+        got.clear()
         output = model(ids, output_hidden_states=True)
         got[:] = output.hidden_states[1:]
         return output.last_hidden_state
@@ -189,6 +191,7 @@ def nnsight(model: Any, names: Names) -> Iterator[Attached]:
     got: list[Any] = []
 
     def forward(ids: Tensor) -> Tensor:
+        got.clear()
         with model.trace(ids):
             saved = save([*(envoy.output for envoy in envoys), model.output])
         *got[:], output = saved
@@ -204,6 +207,7 @@ def torchlens(model: nn.Module, names: Names) -> Iterator[Attached]:
     got: list[Tensor] = []
 
     def forward(ids: Tensor) -> Tensor:
+        got.clear()
         output, recording = lens.record(model, ids, save=selected, return_output=True)
         got[:] = [record.ram_payload for record in recording.records]
         return output.last_hidden_state

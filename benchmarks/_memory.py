@@ -1,4 +1,4 @@
-"""Peak memory of two steps in a row under one approach, in a process of its own; prints the rows as JSON.
+"""Peak memory of two steps in a row under an approach, in a process of its own; prints the rows as JSON.
 
 On CUDA the allocator's peak. On the CPU the peak of the resident set over what was resident before, which Linux lets a process
 reset; with a low threshold for mmap, so that freed tensors leave the resident set at once.
@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,23 +24,18 @@ MEMORY_SETS = ("12 layers", "every module")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def start(approach: str, workload: str, device: str, threads: int) -> subprocess.Popen[str]:
-    """The measurement in a process of its own."""
-    command = [sys.executable, __file__, approach, workload, device, str(threads)]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str]) -> list[dict[str, object]]:
-    """Its rows.
+def measured_apart(approaches: Sequence[str], workload: str, device: str, threads: int) -> list[dict[str, object]]:
+    """The rows of the approaches, from one process beside this one.
 
     Raises:
         RuntimeError: it failed; the message is the last line that it wrote.
     """
-    out, error = process.communicate()
-    if process.returncode:
-        raise RuntimeError(error.strip().splitlines()[-1] if error.strip() else f"exit code {process.returncode}")
-    return json.loads(out.splitlines()[-1])
+    command = [sys.executable, __file__, workload, device, str(threads), *approaches]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def can_measure(device: str) -> bool:
@@ -91,21 +86,31 @@ def measure(approach: Approach, workload_name: str, device: torch.device) -> lis
             with approach.attach(subject, names) as attached:
                 step = step_of(mode, attached, ids)
                 peak = peak_bytes(lambda step=step: (step(), step()), device)
-            rows.append({"mode": mode, "captured": captured, "modules": len(names), "peak_bytes": peak})
+            rows.append(
+                {
+                    "approach": approach.name,
+                    "device": device.type,
+                    "model": workload_name,
+                    "mode": mode,
+                    "captured": captured,
+                    "modules": len(names),
+                    "peak_bytes": peak,
+                }
+            )
             del attached, step
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("approach", choices=APPROACHES)
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("device")
     parser.add_argument("threads", type=int)
+    parser.add_argument("approaches", nargs="+", choices=APPROACHES)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    approach = APPROACHES[options.approach]
-    print(json.dumps(measure(approach, options.workload, torch.device(options.device))))
+    device = torch.device(options.device)
+    print(json.dumps([row for name in options.approaches for row in measure(APPROACHES[name], options.workload, device)]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from _models import SETS
 from _steps import MODES
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 # Okabe and Ito's colours, told apart by shape as well
 MARKS = dict(zip(SETS, (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D")), strict=True))
@@ -33,21 +33,24 @@ def plot(path: Path) -> Path:
     measured = {row["approach"] for row in [*timings, *memory]}
     approaches = [name for name in APPROACHES if name in measured]
     height = 0.42 * len(approaches) + 1.1
+    kinds = list(dict.fromkeys((row["device"], row["mode"]) for row in memory))
+    lines, width = len(modes) + bool(memory), max(len(columns), len(kinds))
     figure, axes = pyplot.subplots(
-        len(modes) + bool(memory),
-        len(columns),
-        figsize=(2.2 + 5.0 * len(columns), height * (len(modes) + bool(memory))),
-        squeeze=False,
-        sharey="row",
-        layout="constrained",
+        lines, width, figsize=(2.2 + 5.0 * width, height * lines), squeeze=False, sharey="row", layout="constrained"
     )
     for line, mode in zip(axes, modes, strict=False):
-        for panel, (device, model) in zip(line, columns, strict=True):
+        for panel in line[len(columns) :]:
+            panel.set_visible(False)
+        for panel, (device, model) in zip(line, columns, strict=False):
             rows = [row for row in timings if (row["device"], row["model"], row["mode"]) == (device, model, mode)]
             draw_ratios(panel, rows, [name for name in approaches if mode in APPROACHES[name].modes], mode)
             panel.set_title(f"{model}, {mode}, {device}", loc="left", fontsize=10, fontweight="bold")
     if memory:
-        draw_memory_row(list(axes[-1]), memory, approaches)
+        for panel in axes[-1][len(kinds) :]:
+            panel.set_visible(False)
+        for panel, (device, mode) in zip(axes[-1], kinds, strict=False):
+            shown = [name for name in approaches if any(row["approach"] == name for row in memory)]
+            draw_memory(panel, [row for row in memory if (row["device"], row["mode"]) == (device, mode)], shown)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, title="captured")
     figure.supxlabel(caption(result["conditions"]), fontsize=8, color="0.35")
@@ -74,30 +77,27 @@ def draw_ratios(panel: Axes, rows: list[dict[str, Any]], approaches: list[str], 
     panel.set_xlabel(f"time, ratio to {baseline} (median of paired rounds, 95 % interval)", fontsize=9)
     if max((row[key][0] for row in rows), default=1.0) > 3:
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.xaxis.set_minor_formatter(NullFormatter())
     else:
         panel.xaxis.set_major_locator(MaxNLocator(6))
 
 
-def draw_memory_row(panels: list[Axes], memory: list[dict[str, Any]], approaches: list[str]) -> None:
-    kinds = list(dict.fromkeys((row["device"], row["mode"]) for row in memory))
-    for panel in panels[len(kinds) :]:
-        panel.set_visible(False)
-    for panel, (device, mode) in zip(panels, kinds, strict=False):
-        rows = [row for row in memory if (row["device"], row["mode"]) == (device, mode)]
-        shown = [name for name in approaches if any(row["approach"] == name for row in memory)]
-        for offset, captured in zip((-0.2, 0.2), SETS[1:], strict=True):
-            found = {row["approach"]: row["peak_bytes"] / MEBIBYTE for row in rows if row["captured"] == captured}
-            places = [(shown.index(name) + offset, found[name]) for name in shown if name in found]
-            heights, peaks = zip(*places, strict=True)
-            panel.barh(heights, peaks, height=0.36, color=MARKS[captured][0])
-            for height, peak in places:
-                panel.annotate(f"{peak:,.0f}", (peak, height), (3, 0), textcoords="offset points", va="center", fontsize=7)
-        name_rows(panel, shown)
-        panel.margins(x=0.12)
-        panel.set_xlabel("peak over idle, MiB (two steps)", fontsize=9)
-        panel.set_title(f"{rows[0]['model']}, memory of a {mode}, {device}", loc="left", fontsize=10, fontweight="bold")
+def draw_memory(panel: Axes, rows: list[dict[str, Any]], shown: list[str]) -> None:
+    for offset, captured in zip((-0.2, 0.2), SETS[1:], strict=True):
+        found = {row["approach"]: row["peak_bytes"] / MEBIBYTE for row in rows if row["captured"] == captured}
+        places = [(shown.index(name) + offset, found[name]) for name in shown if name in found]
+        heights, peaks = zip(*places, strict=True)
+        panel.barh(heights, peaks, height=0.36, color=MARKS[captured][0])
+        for height, peak in places:
+            panel.annotate(f"{peak:,.0f}", (peak, height), (3, 0), textcoords="offset points", va="center", fontsize=7)
+    name_rows(panel, shown)
+    panel.margins(x=0.12)
+    panel.set_xlabel("peak over idle, MiB (two steps)", fontsize=9)
+    first = rows[0]
+    title = f"{first['model']}, memory of a {first['mode']}, {first['device']}"
+    panel.set_title(title, loc="left", fontsize=10, fontweight="bold")
 
 
 def name_rows(panel: Axes, names: list[str]) -> None:

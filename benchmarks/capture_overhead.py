@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 from _approaches import APPROACHES, BARE, CONTROL, NONE, OURS, Approach, installed, no_hooks
-from _memory import MEMORY_SETS, can_measure, finish, start
+from _memory import MEMORY_SETS, can_measure, measured_apart
 from _models import SETS, WORKLOADS, Workload, capture_set
 from _steps import MODES, set_mode, step_of
 from _timing import Interval, Rounds, difference, percentile, ratio, ratio_of_differences, take_turns, timed
@@ -221,16 +221,13 @@ def measure_memory(
         report.console.print(f"peak memory: not measured, {platform.system()} cannot reset the peak of a process")
         return []
     workload = options.models[-1]
-    names = [BARE, OURS] if options.quick else [approach.name for approach in approaches if approach.name != CONTROL]
-    started = ((name, start(name, workload, device.type, options.threads)) for name in names)
-    if options.quick:
-        started = list(started)  # all at once, since nobody reads the figures; otherwise one after the other
+    names = [[approach.name] for approach in approaches if approach.name != CONTROL]
     rows = []
-    for name, process in started:
+    for together in [[BARE, OURS]] if options.quick else names:
         try:
-            rows += [{"device": device.type, "model": workload, "approach": name, **row} for row in finish(process)]
+            rows += measured_apart(together, workload, device.type, options.threads)
         except RuntimeError as error:
-            report.leave_out(f"{name} ({device.type}, memory)", str(error))
+            report.leave_out(f"{', '.join(together)} ({device.type}, memory)", str(error))
     print_memory(rows, report.console)
     return rows
 

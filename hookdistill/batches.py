@@ -124,11 +124,30 @@ def model_inputs(model: nn.Module, batch: Any, *, targets: Collection[BatchKey],
 
 
 def given_inputs(inputs: Any) -> Inputs:
-    """What a `BatchAdaptor` returned for one model."""
+    """Inputs that the user has put together: a dict of keywords, a tuple or list of arguments, or one tensor.
+
+    Raises:
+        BatchError: they are something else.
+    """
     if isinstance(inputs, Mapping):
         return Inputs(kwargs=dict(inputs), taken={str(key): str(key) for key in inputs})
+    if not isinstance(inputs, (tuple, list, torch.Tensor)):
+        raise BatchError(f"inputs are a dict of keywords, a tuple of arguments, or one tensor; got {type(inputs).__name__}")
     items = positional_items(inputs)
     return Inputs(args=items, taken={f"argument {i}": i for i in range(len(items))})
+
+
+def check_fits(inputs: Inputs, model: nn.Module) -> None:
+    """Raise a `BatchError` unless ``model.forward`` can be called with ``inputs``."""
+    signature = forward_signature(model)
+    try:
+        signature.bind(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        given = [f"{len(inputs.args)} arguments"] * bool(inputs.args) + list(inputs.kwargs)
+        raise BatchError(
+            f"{type(unwrap(model)).__name__}.forward takes {listing(signature.parameters)} and cannot be called with "
+            f"{listing(given)}: {error}"
+        ) from error
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .addresses import Address, parse
-from .batches import BatchAdaptor, BatchKey, Inputs, contents, given_inputs, has_item, model_inputs
+from .batches import BatchAdaptor, BatchKey, Inputs, check_fits, contents, given_inputs, has_item, model_inputs
 from .capture import Captured
 from .engine import DistillationLoss, Losses, in_match
 from .errors import AddressError, BatchError, MatchError
@@ -68,6 +68,8 @@ class Distiller(nn.Module):
         self.student = student
         entries = [each for match in as_matches(matches) for each in expand(match, self._teachers, student)]
         self.loss = DistillationLoss(entries, impl=impl)
+        if batch_adaptor is not None and not callable(batch_adaptor):
+            raise BatchError(f"batch_adaptor= is a function (device, batch), got {type(batch_adaptor).__name__}")
         self.batch_adaptor = batch_adaptor
         self._recorders: Recorders | None = None
         self._step = 0
@@ -126,7 +128,7 @@ class Distiller(nn.Module):
             self._recorders = None
 
     def _dry_run(self, batch: Any, *, make_adapters: bool) -> Plan:
-        opened_here = self._recorders is None
+        opened_here, adapters = self._recorders is None, set(self.adapters)
         try:
             with self._captured(batch, dry=True) as (teachers, student):
                 compared = {}
@@ -144,6 +146,8 @@ class Distiller(nn.Module):
         except BaseException:
             if opened_here:
                 self.close()
+            for key in set(self.adapters) - adapters:
+                del self.adapters[key]
             raise
         return Plan(rows=rows, inputs=self._inputs(batch).lines())
 
@@ -207,7 +211,7 @@ class Distiller(nn.Module):
     def _inputs(self, batch: Any) -> _AllInputs:
         running = {name: model for name, model in self._teachers.items() if self._teacher_addresses(name)}
         if self.batch_adaptor is not None:
-            return _adapted(self.batch_adaptor, device_of(self.student), batch, running)
+            return _adapted(self.batch_adaptor, device_of(self.student), batch, running, self.student)
         terms = self.loss.terms.values()
         targets = {each.target for each in terms if isinstance(each.target, (str, int))}
         masks = {each.mask for each in terms if isinstance(each.mask, (str, int))}
@@ -239,15 +243,32 @@ class _AllInputs(NamedTuple):
         return tuple(f"{name} is called with {inputs}" for name, inputs in named.items())
 
 
-def _adapted(adaptor: BatchAdaptor, device: torch.device, batch: Any, teachers: Mapping[str | None, nn.Module]) -> _AllInputs:
-    adapted = adaptor(device, batch)
+def _adapted(
+    adaptor: BatchAdaptor, device: torch.device, batch: Any, teachers: Mapping[str | None, nn.Module], student: nn.Module
+) -> _AllInputs:
+    try:
+        adapted = adaptor(device, batch)
+    except Exception as error:
+        raise BatchError(f"batch_adaptor(device, batch) raised {type(error).__name__}: {error}") from error
     if not isinstance(adapted, (tuple, list)) or len(adapted) != 2:
         raise BatchError(
             "batch_adaptor(device, batch) must return a pair (teacher_inputs, student_inputs), each a dict of keywords, a "
             f"tuple or a tensor; it returned {type(adapted).__name__}"
         )
     for_teacher, for_student = adapted
-    return _AllInputs({name: given_inputs(for_teacher) for name in teachers}, given_inputs(for_student))
+    return _AllInputs(
+        {name: _given(for_teacher, model, name or "teacher") for name, model in teachers.items()},
+        _given(for_student, student, "student"),
+    )
+
+
+def _given(inputs: Any, model: nn.Module, role: str) -> Inputs:
+    try:
+        given = given_inputs(inputs)
+        check_fits(given, model)
+    except BatchError as error:
+        raise BatchError(f"what batch_adaptor returned for the {role}: {error}") from error
+    return given
 
 
 def _check_models(teachers: Mapping[str | None, nn.Module], student: nn.Module) -> None:

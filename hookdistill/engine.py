@@ -96,7 +96,8 @@ class DistillationLoss(nn.Module):
         """Make the adapter that entry ``name`` needs between these two tensors, if it needs one and has none yet."""
         term, key = self.terms[name], module_key(name)
         if key not in self.adapters and isinstance(term.adapter, str) and _adapts(term, student, other):
-            adapter = fit_adapter(term.adapter, student, other, dim=_feature_dim(term, other))
+            with torch.inference_mode(False):  # parameters made in inference mode could never be trained
+                adapter = fit_adapter(term.adapter, student, other, dim=_feature_dim(term, other))
             if adapter is not None:
                 self.adapters[key] = adapter
 
@@ -109,8 +110,7 @@ class DistillationLoss(nn.Module):
         if term.teacher_address is None:
             other = _source("target", term.target, batch, student_captures)
         else:
-            captures = teacher_captures if term.teacher_model is None else teacher_captures[term.teacher_model]
-            other = _look_up(captures, term.teacher_address, "teacher")
+            other = _look_up(_of_teacher(teacher_captures, term.teacher_model), term.teacher_address, "teacher")
         mask = None if term.mask is None else _source("mask", term.mask, batch, student_captures)
         return student, other.detach().to(student.device), None if mask is None else mask.to(student.device)
 
@@ -135,7 +135,12 @@ class DistillationLoss(nn.Module):
         key = module_key(name)
         if key in self.adapters:
             adapter = self.adapters[key]
-            adapted: Tensor = adapter(student, other) if isinstance(adapter, Adapter) else adapter(student)
+            if isinstance(adapter, Adapter):
+                return adapter(student, other)  # type: ignore[no-any-return]
+            with _calling(f"the adapter {type(adapter).__name__}", student, other):
+                adapted = adapter(student)
+            if not isinstance(adapted, Tensor):
+                raise MatchError(f"the adapter {type(adapter).__name__} returned a {type(adapted).__name__}, not a tensor")
             return adapted
         if not isinstance(term.adapter, str) or not _adapts(term, student, other):
             return student
@@ -195,21 +200,23 @@ def named_terms(matches: Iterable[Match]) -> dict[str, Match]:
     Raises:
         MatchError: two entries were given the same ``name=``.
     """
+    matches = list(matches)
+    given = [match.name for match in matches if match.name is not None]
+    if twice := [name for name in given if given.count(name) > 1]:
+        raise MatchError(f"two entries are called {twice[0]!r}; name= must be unique, as losses.parts is keyed by it")
     terms: dict[str, Match] = {}
     for match in matches:
         label, number = match.label, 2
-        if match.name is not None and label in terms:
-            raise MatchError(f"two entries are called {label!r}; name= must be unique, as losses.parts is keyed by it")
-        while label in terms:
+        while match.name is None and (label in terms or label in given):
             label, number = f"{match.label} #{number}", number + 1
         terms[label] = match
     return terms
 
 
 def module_key(name: str) -> str:
-    """A name as a key of a ``ModuleDict``, which allows neither dots nor its own attributes."""
-    key = name.replace(".", "/")
-    return f"{key}_" if hasattr(nn.ModuleDict, key) else key
+    """A name as a key of a ``ModuleDict``, which allows neither dots nor its own attributes: ``/`` for each dot."""
+    key = name.replace("/", "//").replace(".", "/")
+    return f"{key}/" if hasattr(nn.ModuleDict, key) else key
 
 
 def _adapts(term: Match, student: Tensor, other: Tensor) -> bool:
@@ -226,10 +233,24 @@ def _feature_dim(term: Match, tensor: Tensor) -> int:
     return -1 if dim == tensor.dim() - 1 else dim
 
 
-def _look_up(captures: Captures, address: Address, side: str) -> Tensor:
-    layer = captures.get(address.path)
-    if layer is None:
+def _of_teacher(captures: Any, name: str | None) -> Any:
+    if name is None:
+        return captures
+    if not isinstance(captures, Mapping) or name not in captures:
+        there = listing(captures) if isinstance(captures, Mapping) else f"a {type(captures).__name__}"
+        raise MatchError(f"there are no captures of the teacher {name!r}; the teacher captures have {there}")
+    return captures[name]
+
+
+def _look_up(captures: Any, address: Address, side: str) -> Tensor:
+    if not isinstance(captures, Mapping):
+        raise MatchError(f"the {side} captures must be {{layer: {{output: tensor}}}}, got {type(captures).__name__}")
+    if address.path not in captures:
         raise MatchError(f"the {side} captures have no layer {address.path!r}; they have {listing(captures)}")
+    layer = captures[address.path]
+    if not isinstance(layer, Mapping):
+        kind = type(layer).__name__
+        raise MatchError(f"layer {address.path!r} of the {side} captures must be {{output: tensor}}, got a {kind}")
     if address.key not in layer:
         raise MatchError(f"layer {address.path!r} of the {side} captures has no {address.key!r}; it has {listing(layer)}")
     tensor = layer[address.key]
@@ -262,16 +283,23 @@ def _captured_address(source: str, captures: Captures) -> Address | None:
     return address if address.path in captures else None
 
 
-def _call(term: Match, student: Tensor, other: Tensor, options: dict[str, Any]) -> Tensor:
+@contextlib.contextmanager
+def _calling(what: str, student: Tensor, other: Tensor) -> Iterator[None]:
+    """Errors of the user's own code, with what it was called on."""
     try:
-        value = term.spec.function(student, other, **options)
+        yield
     except (HookDistillError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise MatchError(
-            f"the loss {term.spec.name!r} raised {type(error).__name__}: {error} (student {list(student.shape)} "
-            f"{student.dtype}, {'teacher' if term.teacher_address else 'target'} {list(other.shape)} {other.dtype})"
+            f"{what} raised {type(error).__name__}: {error} (student {list(student.shape)} {student.dtype}, "
+            f"compared with {list(other.shape)} {other.dtype})"
         ) from error
+
+
+def _call(term: Match, student: Tensor, other: Tensor, options: dict[str, Any]) -> Tensor:
+    with _calling(f"the loss {term.spec.name!r}", student, other):
+        value = term.spec.function(student, other, **options)
     if not isinstance(value, Tensor) or value.dim() != 0:
         got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise MatchError(

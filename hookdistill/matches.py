@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ Schedule = Callable[[int], float]
 Source = BatchKey | Callable[[Any], Tensor]
 
 _OLD_KINDS = ("ts_distill", "hard_distill")
-_OLD_LOSSES = {"cos": "cosine"}
+_OLD_LOSSES = {"cos": "cosine", "mse_with_mask": "mse", "attention_mse_with_mask": "attention_mse"}
+_OLD_MASK = "attention_mask"
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -183,16 +185,18 @@ def _from_dict(item: Mapping[str, Any]) -> Match:
     passed_on = ("weight", "target", "mask", "name", "adapter", "temperature", "teacher_model", "layer_map")
     if unknown := [key for key in item if key not in {*needed, *ignored, *passed_on}]:
         known = ["type", *needed, *passed_on]
-        raise MatchError(f"unknown key {unknown[0]!r}.{did_you_mean(unknown[0], known)} Known are {listing(known)}")
+        raise MatchError(f"unknown key {unknown[0]!r}.{did_you_mean(str(unknown[0]), known)} Known are {listing(known)}")
     if missing := [key for key in needed if key not in item]:
         raise MatchError(f"a {kind!r} item needs the keys {listing(missing)}; it has {listing(map(str, item))}")
     loss, args = _old_loss(item["loss"])
     options = {key: item[key] for key in passed_on if key in item}
     if kind == "hard_distill":
         options.setdefault("target", "labels")
+    if str(item["loss"]["loss_function"]).endswith("_with_mask"):
+        options.setdefault("mask", _OLD_MASK)
     addresses = {side: f"{item[f'{side}_layer_name']}:{item[f'{side}_layer_output_name']}" for side in sides}
-    if clash := set(args) & set(options):
-        raise MatchError(f"{listing(sorted(clash))} stands both in the item and in its loss args; write it once")
+    if clash := set(args) & {*options, "teacher", "student", "loss"}:
+        raise MatchError(f"{listing(sorted(clash))} cannot stand in the loss args: it is said by the item itself")
     return Match(addresses.get("teacher"), addresses["student"], loss=loss, **options, **args)
 
 
@@ -202,6 +206,8 @@ def _old_loss(loss: object) -> tuple[str | Callable[..., Tensor], dict[str, Any]
     args = loss.get("args") or {}
     if not isinstance(args, Mapping):
         raise MatchError(f"'args' of 'loss' must be a dict of keyword arguments, got {args!r:.80}")
+    if wrong := [key for key in args if not isinstance(key, str)]:
+        raise MatchError(f"'args' of 'loss' must have strings as keys, got {wrong[0]!r}")
     function = loss["loss_function"]
     return _OLD_LOSSES.get(function, function) if isinstance(function, str) else function, dict(args)
 
@@ -222,7 +228,7 @@ def _address(text: object, selector: str | None) -> Address:
 def _check_number(what: str, value: object, *, lowest: float) -> None:
     if callable(value):
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= lowest:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= lowest:
         above = "" if lowest == -math.inf else f" above {lowest:g}"
         raise MatchError(f"{what}= must be a finite number{above} or a function of the step, got {value!r}")
 
@@ -245,6 +251,7 @@ def _check_sources(match: Match) -> None:
 def _check_loss_args(match: Match) -> None:
     spec = match.spec
     known = [name for name in spec.parameters if name not in ("temperature", "target")]
+    known += ["reduction"] if spec.accepts_reduction else []
     unknown = [name for name in match.loss_args if name not in known] if not spec.accepts_any else []
     if unknown:
         options = (

@@ -62,8 +62,11 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def forward_signature(module: nn.Module) -> inspect.Signature:
-    """The signature of the user's ``forward``, seen through wrappers."""
-    return inspect.signature(unwrap(module).forward)
+    """The signature of the user's ``forward``, seen through wrappers; an empty one where Python knows none (ScriptModules)."""
+    try:
+        return inspect.signature(unwrap(module).forward)
+    except ValueError:
+        return inspect.Signature()
 
 
 def has_forward(module: nn.Module) -> bool:

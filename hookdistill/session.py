@@ -59,6 +59,9 @@ class Session:
 
     def attach(self) -> None:
         """Put every hook on; none if one cannot be placed."""
+        if isinstance(self.model, torch.jit.ScriptModule):
+            kind = type(self.model).__name__
+            raise CaptureError(f"the model is a {kind}, which takes no hooks. Capture from the model before scripting or tracing.")
         try:
             self.roots[id(self.model)] = _Root(self, self.model)
             for slots in _by_module(self.slots):
@@ -358,6 +361,8 @@ class _Hook(_Guarded):
                 f"capture {self.slots[0].name!r}: no hook can be placed on this {type(self.module).__name__} "
                 f"({error}). Capture from the model before scripting or tracing."
             ) from error
+        handle, line = self.handles[-1]
+        self.own = (line, handle.id)  # not the handle: torch.compile cannot represent one
 
     def place(self, module: nn.Module) -> None:
         """Register on ``module`` and note the handles, each with the line it stands in; the last one is that of the hook
@@ -409,8 +414,7 @@ class _Hook(_Guarded):
         Asked where `prepare` comes too late or not at all: of hooks on the module that begins the forward, whose order torch
         has read already, and in compiled code.
         """
-        handle, line = self.handles[-1]
-        if not self.late and not _overtaken(line, handle.id):
+        if not self.late and not _overtaken(*self.own):
             return False
         if is_dynamo_compiling():
             self.fail()
@@ -451,8 +455,9 @@ class _InputHook(_Hook):
         self.names = Parameters.of(forward_signature(module))
         self.handles = [(module.register_forward_pre_hook(self, with_kwargs=True), module._forward_pre_hooks)]
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.hears():
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        # Without kwargs: another thread's call, in the moment before torch has noted that this hook takes them.
+        if kwargs is None or not self.hears():
             return
         for slot in self.slots:
             self.offer(slot, partial(select_input, args, kwargs, slot.address.selector, self.names))

@@ -170,7 +170,7 @@ def train(distiller: hookdistill.Distiller, batch: Any, *, steps: int, lr: float
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        yield float(total)
+        yield float(total.detach())
 
 
 def twin(model: nn.Module) -> Any:

@@ -37,6 +37,7 @@ class LossSpec:
     compares: Compares
     parameters: tuple[str, ...]
     accepts_mask: bool
+    accepts_reduction: bool
     accepts_temperature: bool
     accepts_any: bool
 
@@ -56,7 +57,7 @@ def register_loss(name: str, *, compares: Compares = "any") -> Callable[[AnyCall
 
     def register(loss: AnyCallable) -> AnyCallable:
         known = _BY_NAME.get(name)
-        if known is not None and known.function is not loss:
+        if known is not None and not _is_redefinition(known.function, loss):
             raise LossError(
                 f"The name {name!r} already stands for the loss {_describe(known.function)}; "
                 f"register {_describe(loss)} under another name."
@@ -92,6 +93,13 @@ def registered_losses() -> dict[str, LossSpec]:
     return dict(_BY_NAME)
 
 
+def _is_redefinition(known: Callable[..., Any], loss: Callable[..., Any]) -> bool:
+    if known is loss:
+        return True
+    names = [(getattr(each, "__module__", None), getattr(each, "__qualname__", None)) for each in (known, loss)]
+    return names[0] == names[1] and names[0][1] is not None and names[0][1] != "<lambda>"
+
+
 def _inspect(loss: Callable[..., Any]) -> LossSpec:
     """The spec of a callable, which takes name and meaning from the registry if it wraps something registered."""
     if inspect.isclass(loss):
@@ -109,6 +117,7 @@ def _inspect(loss: Callable[..., Any]) -> LossSpec:
         compares=registered.compares if registered else "any",
         parameters=tuple(keyword for keyword in keywords if keyword not in ("mask", "reduction")),
         accepts_mask="mask" in keywords or (accepts_any and "mask" not in _bound(loss)),
+        accepts_reduction="reduction" in keywords,
         accepts_temperature="temperature" in keywords,
         accepts_any=accepts_any,
     )

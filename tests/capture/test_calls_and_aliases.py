@@ -297,6 +297,7 @@ def test_an_inner_module_called_directly_is_a_forward_of_its_own():
             assert captured["bert.encoder.layer.0"]["output"] is out
             with pytest.raises(CaptureError, match="never called"):
                 captured["bert.encoder.layer.2"]["output"]
+        captured.clear()
 
 
 def test_modules_called_one_after_the_other_are_forwards_of_their_own():

@@ -61,6 +61,7 @@ def test_a_registered_loss_is_returned_unchanged_and_found():
         compares="features",
         parameters=("scale",),
         accepts_mask=True,
+        accepts_reduction=False,
         accepts_temperature=False,
         accepts_any=False,
     )
@@ -75,6 +76,19 @@ def test_what_is_registered_is_a_copy():
 def test_a_spec_is_frozen():
     with pytest.raises(FrozenInstanceError):
         loss_spec("mse").name = "other"
+
+
+def test_a_definition_that_runs_again_replaces_itself():
+    def define(scale):
+        @register_loss("of_a_notebook")
+        def of_a_notebook(student, teacher, mask=None):
+            return scale * (student - teacher).square().mean()
+
+        return of_a_notebook
+
+    define(1)
+    second = define(2)
+    assert loss_spec("of_a_notebook").function is second
 
 
 def test_a_name_cannot_be_taken_twice():
