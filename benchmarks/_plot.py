@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 MARKS = dict(zip(SETS, (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D")), strict=True))
 BASELINES = {"forward": (NONE, "ratio_to_none"), "training step": (BARE, "ratio_to_bare")}
 MEBIBYTE = 2**20
+OFF_SCALE = 8.0  # a ratio beyond this is written at the edge, so that those near 1 can be told apart
 
 
 def plot(path: Path) -> Path:
@@ -69,15 +70,19 @@ def draw_ratios(panel: Axes, rows: list[dict[str, Any]], approaches: list[str], 
         places = [(shown.index(name) + offset, *found[name]) for name in shown if name in found]
         if not places:
             continue
-        heights, middle, low, high = zip(*places, strict=True)
         colour, shape = MARKS[captured]
+        far = [place for place in places if place[1] > OFF_SCALE]
+        heights, middle, low, high = zip(*(place for place in places if place[1] <= OFF_SCALE), strict=True)
         panel.hlines(heights, low, high, color=colour, linewidth=1.6)
         panel.plot(middle, heights, shape, color=colour, markersize=5, label=captured)
+        for height, ratio, *_ in far:
+            where = {"xy": (1, height), "xycoords": panel.get_yaxis_transform(), "ha": "right", "va": "center"}
+            panel.annotate(f"{ratio:,.0f} ×  ▸", **where, color=colour, fontsize=8)
     name_rows(panel, shown)
     panel.set_xlabel(f"time, ratio to {baseline} (median of paired rounds, 95 % interval)", fontsize=9)
-    if max((row[key][0] for row in rows), default=1.0) > 3:
+    if max((row[key][0] for row in rows if row[key][0] <= OFF_SCALE), default=1.0) > 2.5:
         panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 8)))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.xaxis.set_minor_formatter(NullFormatter())
     else:

@@ -66,7 +66,7 @@ def take_turns(
 
     A contender more than five times as slow as the baseline takes one step in each of ``slow_rounds`` rounds only.
     """
-    first = {name: median(block(1, 1)) for name, block in contenders.items()}
+    first = {name: median(block(1, warm)) for name, block in contenders.items()}
     slow = {name for name, seconds in first.items() if seconds > 5 * first[baseline]}
     every = max(1, rounds // slow_rounds)
     results: dict[str, Rounds] = {name: {} for name in contenders}

@@ -87,7 +87,7 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.models = ["tiny"]
-    options.rounds = options.rounds or (3 if options.quick else 120)
+    options.rounds = options.rounds or (2 if options.quick else 120)
     there = ["cpu", *["cuda"] * torch.cuda.is_available()]
     options.devices = [torch.device(name) for name in there if options.device in (name, "all")]
     if not options.devices:
@@ -140,8 +140,8 @@ def time_workload(
 ) -> list[Row]:
     """One row per mode, set of modules and approach; prints a table for each mode."""
     bench = Bench.of(workload, approaches, device)
-    rounds = max(3, round(options.rounds * workload.share_of_rounds))
-    steps = 1 if options.quick else workload.steps
+    rounds = max(2, round(options.rounds * workload.share_of_rounds))
+    steps, warm = (1, 0) if options.quick else (workload.steps, workload.warm)
     sound = {captured: sound_approaches(bench, approaches, captured, report) for captured in SETS}
     rows = []
     for mode in options.modes:
@@ -149,7 +149,7 @@ def time_workload(
         fresh = []
         for captured, (names, contenders) in sound.items():
             blocks = {each.name: bench.block(each, mode, names) for each in contenders if mode in each.modes}
-            seconds = take_turns(blocks, NONE, rounds=rounds, steps=steps, warm=workload.warm)
+            seconds = take_turns(blocks, NONE, rounds=rounds, steps=steps, warm=warm)
             where = {"device": device.type, "model": workload.name, "mode": mode, "captured": captured, "modules": len(names)}
             fresh += [{**where, **timing_row(name, seconds)} for name in blocks]
         print_timings(f"{workload.name} ({workload.describe()}), {mode}, {device.type}", fresh, report.console)

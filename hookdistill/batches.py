@@ -30,9 +30,18 @@ class Inputs:
     def __str__(self) -> str:
         return ", ".join(f"{name} = batch[{key!r}]" for name, key in self.taken.items()) or "nothing"
 
+    def described(self) -> str:
+        """The arguments with their shapes and dtypes, for a message."""
+        values = dict(zip([*self.taken][: len(self.args)], self.args, strict=False)) | dict(self.kwargs)
+        return ", ".join(f"{name}: {_described(value)}" for name, value in values.items()) or "nothing"
+
     def to(self, device: torch.device) -> Inputs:
         """The same inputs with every tensor on ``device``."""
         return Inputs(tuple(to_device(self.args, device)), to_device(dict(self.kwargs), device), self.taken)
+
+
+def _described(value: Any) -> str:
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def named_items(batch: Any) -> dict[str, Any] | None:

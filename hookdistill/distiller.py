@@ -15,10 +15,10 @@ from .addresses import Address, parse
 from .batches import BatchAdaptor, BatchKey, Inputs, check_fits, contents, given_inputs, has_item, model_inputs
 from .capture import Captured
 from .engine import DistillationLoss, Losses, in_match
-from .errors import AddressError, BatchError, MatchError
+from .errors import AddressError, BatchError, HookDistillError, MatchError
 from .export import save_student
 from .matches import Match, as_matches
-from .paths import resolve
+from .paths import resolve, unwrap
 from .plan import Plan, check_values, expand, row
 from .recorder import Recorder, Recorders
 from .running import device_of, teaching, undisturbed
@@ -166,8 +166,8 @@ class Distiller(nn.Module):
                 for name, recorder in recorders.teachers.items():
                     with teaching(recorder.model):
                         device = device_of(recorder.model, otherwise=home)
-                        teachers[name] = recorder.run(inputs.teachers[name].to(device), whole=dry)
-                yield teachers.get(None, teachers), recorders.student.run(inputs.student.to(home))
+                        teachers[name] = _run(recorder, inputs.teachers[name].to(device), dry=dry)
+                yield teachers.get(None, teachers), _run(recorders.student, inputs.student.to(home), dry=dry)
         finally:
             recorders.clear()
 
@@ -241,6 +241,21 @@ class _AllInputs(NamedTuple):
         """A line for each model, for the plan."""
         named = {**{name or "teacher": inputs for name, inputs in self.teachers.items()}, "student": self.student}
         return tuple(f"{name} is called with {inputs}" for name, inputs in named.items())
+
+
+def _run(recorder: Recorder, inputs: Inputs, *, dry: bool) -> Captured:
+    """Call the model; in a dry run, what it raises says which model it was and what it was called with."""
+    if not dry:
+        return recorder.run(inputs)
+    try:
+        return recorder.run(inputs, whole=True)
+    except (HookDistillError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        kind = type(unwrap(recorder.model)).__name__
+        raise BatchError(
+            f"{kind}.forward raised {type(error).__name__}: {error}\nIt was called with {inputs.described()}"
+        ) from error
 
 
 def _adapted(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +84,8 @@ class DistillationLoss(nn.Module):
         for name, term in self.terms.items():
             with in_match(name):
                 value = self._value(name, term, teacher_captures, student_captures, batch, step)
-            weighted = value * at_step(term.weight, step)
+                weight = at_step("weight", term.weight, step)
+            weighted = value * weight
             total = weighted if total is None else total + weighted
             parts[name] = value.detach()
         assert total is not None  # as_matches refuses an empty list
@@ -111,6 +114,8 @@ class DistillationLoss(nn.Module):
             other = _source("target", term.target, batch, student_captures)
         else:
             other = _look_up(_of_teacher(teacher_captures, term.teacher_model), term.teacher_address, "teacher")
+        if other.is_meta and not student.is_meta:
+            raise MatchError("the teacher tensor is on the meta device and holds no values; load the teacher's weights first")
         mask = None if term.mask is None else _source("mask", term.mask, batch, student_captures)
         return student, other.detach().to(student.device), None if mask is None else mask.to(student.device)
 
@@ -137,7 +142,7 @@ class DistillationLoss(nn.Module):
             adapter = self.adapters[key]
             if isinstance(adapter, Adapter):
                 return adapter(student, other)  # type: ignore[no-any-return]
-            with _calling(f"the adapter {type(adapter).__name__}", student, other):
+            with user_code(f"the adapter {type(adapter).__name__}", _compared(student, other)):
                 adapted = adapter(student)
             if not isinstance(adapted, Tensor):
                 raise MatchError(f"the adapter {type(adapter).__name__} returned a {type(adapted).__name__}, not a tensor")
@@ -169,7 +174,7 @@ class DistillationLoss(nn.Module):
         if mask is not None:
             options["mask"] = mask
         if term.spec.accepts_temperature:
-            options["temperature"] = at_step(term.temperature, step)
+            options["temperature"] = at_step("temperature", term.temperature, step, lowest=0.0)
         if "dim" in term.spec.parameters and "dim" not in options:
             options["dim"] = _feature_dim(term, student)
         if term.teacher_address is not None and term.target is not None:
@@ -189,9 +194,31 @@ def in_match(name: str) -> Iterator[None]:
         raise
 
 
-def at_step(value: float | Schedule, step: int) -> float:
-    """A weight or temperature at ``step``."""
-    return value(step) if callable(value) else value
+def at_step(what: str, value: float | Schedule, step: int, *, lowest: float = -math.inf) -> float:
+    """A weight or temperature at ``step``.
+
+    Raises:
+        MatchError: a schedule raises, or gives no finite number above ``lowest``.
+    """
+    if not callable(value):
+        return value
+    with user_code(f"the schedule of {what}= (at step {step})"):
+        number = value(step)
+    if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number) or number <= lowest:
+        above = "" if lowest == -math.inf else f" above {lowest:g}"
+        raise MatchError(f"the schedule of {what}= must give a finite number{above}; at step {step} it gave {number!r}")
+    return float(number)
+
+
+@contextlib.contextmanager
+def user_code(what: str, context: str = "") -> Iterator[None]:
+    """Errors of the user's own code become a `MatchError` that says whose they are, and on what it was called."""
+    try:
+        yield
+    except (HookDistillError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise MatchError(f"{what} raised {type(error).__name__}: {error}{context}") from error
 
 
 def named_terms(matches: Iterable[Match]) -> dict[str, Match]:
@@ -229,7 +256,9 @@ def _adapts(term: Match, student: Tensor, other: Tensor) -> bool:
 
 
 def _feature_dim(term: Match, tensor: Tensor) -> int:
-    dim = int(term.loss_args.get("dim", feature_dim(tensor.shape)))
+    dim = term.loss_args.get("dim", feature_dim(tensor.shape))
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -tensor.dim() <= dim < tensor.dim():
+        raise MatchError(f"dim={dim!r} is no dimension of a tensor of shape {list(tensor.shape)}")
     return -1 if dim == tensor.dim() - 1 else dim
 
 
@@ -262,7 +291,8 @@ def _look_up(captures: Any, address: Address, side: str) -> Tensor:
 def _source(what: str, source: Source | None, batch: Any, student_captures: Captures) -> Tensor:
     assert source is not None
     if callable(source):
-        found = source(batch)
+        with user_code(f"the function {what}= of the batch"):
+            found = source(batch)
     elif batch is not None and has_item(batch, source):
         found = pick(batch, source)
     elif isinstance(source, str) and (address := _captured_address(source, student_captures)) is not None:
@@ -271,7 +301,7 @@ def _source(what: str, source: Source | None, batch: Any, student_captures: Capt
         has = "there is no batch" if batch is None else f"the batch has {contents(batch)}"
         raise BatchError(f"{what}={source!r} is neither in the batch nor a captured address of the student; {has}")
     if not isinstance(found, Tensor):
-        raise BatchError(f"{what}={source!r} is no tensor but a {type(found).__name__}")
+        raise BatchError(f"{what}={source!r} gives no tensor but a {type(found).__name__}")
     return found
 
 
@@ -283,22 +313,13 @@ def _captured_address(source: str, captures: Captures) -> Address | None:
     return address if address.path in captures else None
 
 
-@contextlib.contextmanager
-def _calling(what: str, student: Tensor, other: Tensor) -> Iterator[None]:
-    """Errors of the user's own code, with what it was called on."""
-    try:
-        yield
-    except (HookDistillError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise MatchError(
-            f"{what} raised {type(error).__name__}: {error} (student {list(student.shape)} {student.dtype}, "
-            f"compared with {list(other.shape)} {other.dtype})"
-        ) from error
+def _compared(student: Tensor, other: Tensor) -> str:
+    ours, theirs = f"{list(student.shape)} {student.dtype}", f"{list(other.shape)} {other.dtype}"
+    return f" (student {ours}, compared with {theirs})"
 
 
 def _call(term: Match, student: Tensor, other: Tensor, options: dict[str, Any]) -> Tensor:
-    with _calling(f"the loss {term.spec.name!r}", student, other):
+    with user_code(f"the loss {term.spec.name!r}", _compared(student, other)):
         value = term.spec.function(student, other, **options)
     if not isinstance(value, Tensor) or value.dim() != 0:
         got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

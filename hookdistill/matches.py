@@ -104,7 +104,7 @@ class Match:
         _check_number("temperature", self.temperature, lowest=0.0)
         _check_sources(self)
         _check_loss_args(self)
-        if self.layer_map not in LAYER_MAPS:
+        if not isinstance(self.layer_map, str) or self.layer_map not in LAYER_MAPS:
             hint = did_you_mean(str(self.layer_map), LAYER_MAPS)
             raise MatchError(f"unknown layer_map {self.layer_map!r}.{hint} Known are {listing(LAYER_MAPS)}")
         for address in (self.student_address, self.teacher_address):
@@ -220,6 +220,8 @@ def _address(text: object, selector: str | None) -> Address:
     address = parse(text)
     if selector is None:
         return address
+    if not isinstance(selector, str):
+        raise MatchError(f"selector= is a string such as 'attention', got {selector!r}")
     if ":" in text:
         raise MatchError(f"selector={selector!r} and the address {text!r} both name a selector; write it in one place")
     return replace(address, selector=parse(f":{selector}").selector)
@@ -269,6 +271,8 @@ def _check_loss_args(match: Match) -> None:
             f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0], (*known, *options))} The loss {spec.name!r} takes "
             f"{listing(known)}; a match takes {listing(options)}"
         )
+    if "dim" in match.loss_args and "dim" in spec.parameters and not isinstance(match.loss_args["dim"], int):
+        raise MatchError(f"dim= is the number of a dimension, got {match.loss_args['dim']!r}")
     if match.temperature != 1.0 and not spec.accepts_temperature:
         raise MatchError(f"temperature={match.temperature!r} is given, but the loss {spec.name!r} takes no temperature")
     if match.teacher is not None and match.target is not None and "target" not in spec.parameters and not spec.accepts_any:

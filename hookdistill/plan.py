@@ -88,7 +88,8 @@ def check_values(term: Match, student: Tensor, other: Tensor, mask: Tensor | Non
     Raises:
         MatchError: a mask that is not 0 and 1, or labels that are no classes.
     """
-    if mask is not None and mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
+    allowed = None if mask is None else (mask == 0) | (mask == 1) if mask.is_floating_point() else mask >= 0
+    if mask is not None and allowed is not None and not bool(allowed.all()):
         low, high = float(mask.min()), float(mask.max())
         raise MatchError(
             f"mask={term.mask!r} holds values between {low:g} and {high:g}; a mask is 1 where a position is valid and "

@@ -323,6 +323,7 @@ def _accelerator(settings: Trainer) -> Iterator[Accelerator]:
         way_out = "" if first else ". There is an Accelerator in this process already: pass it as accelerator="
         raise TrainerError(f"accelerate refuses mixed_precision={settings.mixed_precision!r}: {error}{way_out}") from error
     try:
+        _check_accelerator(settings, accelerator)
         yield accelerator
     finally:
         if first:  # or a second training in this process could not choose another precision
@@ -398,20 +399,21 @@ def _check_kinds(settings: Trainer) -> None:
         _check_number(name, getattr(settings, name), (int, float))
     if settings.mixed_precision not in (None, *PRECISIONS):
         raise TrainerError(f"mixed_precision={settings.mixed_precision!r} is not known; it is one of {listing(PRECISIONS)}")
-    for name, given, ours in _given_twice(settings):
-        raise TrainerError(
-            f"{name}={given!r} is given, but the accelerator has {ours!r}; leave {name}= out, or make both alike"
-        )
+    if settings.accelerator is not None:
+        _check_accelerator(settings, settings.accelerator)
     if settings.lr is not None and settings.optimizer is not None:
         raise TrainerError(f"lr={settings.lr!r} is for the default optimizer, but optimizer= is given; write the rate there")
 
 
-def _given_twice(settings: Trainer) -> Iterator[tuple[str, object, object]]:
-    if (accelerator := settings.accelerator) is not None:
-        if settings.mixed_precision not in (None, accelerator.mixed_precision):
-            yield "mixed_precision", settings.mixed_precision, accelerator.mixed_precision
-        if settings.accumulate not in (None, accelerator.gradient_accumulation_steps):
-            yield "accumulate", settings.accumulate, accelerator.gradient_accumulation_steps
+def _check_accelerator(settings: Trainer, accelerator: Accelerator) -> None:
+    theirs = {"mixed_precision": accelerator.mixed_precision, "accumulate": accelerator.gradient_accumulation_steps}
+    for name, has in theirs.items():
+        given = getattr(settings, name)
+        if given not in (None, has):
+            raise TrainerError(
+                f"{name}={given!r} is given, but the accelerator, or the environment it is made from, has {has!r}; leave "
+                f"{name}= out, or make both alike"
+            )
 
 
 def _check_number(name: str, value: Any, kind: Any) -> None:

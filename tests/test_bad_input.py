@@ -136,16 +136,20 @@ MATCHES = [
     Mistake("plural option", match("layers.0", "layers.0", masks="attention_mask"), ("masks", "mask"), early=True),
     Mistake("wrong value of an option", match("layers.0", "layers.0", loss="huber", delta=-1.0), ("delta", "-1"), early=False),
     Mistake("dimension that is none", match("layers.0", "layers.0", dim=5, adapter="none"), ("5", "dim")),
-    Mistake("dimension that is no number", match("layers.0", "layers.0", dim="channels"), ("channels", "dim")),
+    Mistake("dimension that is no number", match("layers.0", "layers.0", dim="channels"), ("channels", "dim"), early=True),
     Mistake("weight as text", match("layers.0", "layers.0", weight="1.0"), ("weight", "'1.0'"), early=True),
     Mistake("weight None", match("layers.0", "layers.0", weight=None), ("weight", "None"), early=True),
     Mistake("weight NaN", match("layers.0", "layers.0", weight=float("nan")), ("weight", "nan"), early=True),
     Mistake("weight infinite", match("layers.0", "layers.0", weight=float("inf")), ("weight", "inf"), early=True),
     Mistake("weight True", match("layers.0", "layers.0", weight=True), ("weight", "True"), early=True),
     Mistake("temperature zero", match(":logits", ":logits", loss="kl", temperature=0), ("temperature", "0"), early=True),
-    Mistake("temperature negative", match(":logits", ":logits", loss="kl", temperature=-2.0), ("temperature", "-2"), early=True),
+    Mistake(
+        "temperature negative", match(":logits", ":logits", loss="kl", temperature=-2.0), ("temperature", "-2"), early=True
+    ),
     Mistake("temperature text", match(":logits", ":logits", loss="kl", temperature="2"), ("temperature", "'2'"), early=True),
-    Mistake("temperature where there is none", match("layers.0", "layers.0", temperature=2.0), ("temperature", "mse"), early=True),
+    Mistake(
+        "temperature where there is none", match("layers.0", "layers.0", temperature=2.0), ("temperature", "mse"), early=True
+    ),
     Mistake(
         "schedule of a temperature where there is none",
         match("layers.0", "layers.0", temperature=lambda step: 2.0),
@@ -169,7 +173,9 @@ MATCHES = [
         ("target", "labels", "two entries"),
         early=True,
     ),
-    Mistake("selector twice", match("layers.0:output", "layers.0", selector="input"), ("selector", "layers.0:output"), early=True),
+    Mistake(
+        "selector twice", match("layers.0:output", "layers.0", selector="input"), ("selector", "layers.0:output"), early=True
+    ),
     Mistake("selector that does not parse", match("layers.0", "layers.0", selector="output["), ("output[",), early=True),
     Mistake("selector that is no text", match("layers.0", "layers.0", selector=0), ("selector", "0"), early=True),
     Mistake("misspelt adapter", match("layers.0", "layers.0", adapter="liner"), ("liner", "linear", "auto"), early=True),
@@ -183,9 +189,13 @@ MATCHES = [
     Mistake("empty name", match("layers.0", "layers.0", name=""), ("name",), early=True),
     Mistake("name that is no text", match("layers.0", "layers.0", name=3), ("name", "3"), early=True),
     Mistake("name given twice", match("layers.1", "layers.1", name="fine"), ("fine", "unique"), early=True),
-    Mistake("name with a teacher only", match("layers.0", "layers.0", teacher_model="big"), ("big", "teacher_model"), early=True),
+    Mistake(
+        "name with a teacher only", match("layers.0", "layers.0", teacher_model="big"), ("big", "teacher_model"), early=True
+    ),
     Mistake("teacher_model without teacher", match(None, ":logits", target="x", teacher_model="a"), ("'a'",), early=True),
-    Mistake("teacher_model that is no text", match("layers.0", "layers.0", teacher_model=0), ("teacher_model", "0"), early=True),
+    Mistake(
+        "teacher_model that is no text", match("layers.0", "layers.0", teacher_model=0), ("teacher_model", "0"), early=True
+    ),
     Mistake(
         "more student layers than teacher layers",
         match("layers.*", "layers.*"),
@@ -202,7 +212,9 @@ MATCHES = [
     Mistake("pair of addresses", lambda: [("layers.0", "layers.0")], ("entry 0", "tuple", "Match"), early=True),
     Mistake("class for a match", lambda: [Match], ("entry 0", "type", "Match"), early=True),
     Mistake("unknown impl", match("layers.0", "layers.0"), ("trition", "eager"), early=True, options={"impl": "trition"}),
-    Mistake("schedule that raises", match("layers.0", "layers.0", weight=lambda step: 1 / step), ("weight", "ZeroDivisionError")),
+    Mistake(
+        "schedule that raises", match("layers.0", "layers.0", weight=lambda step: 1 / step), ("weight", "ZeroDivisionError")
+    ),
     Mistake("schedule without argument", match("layers.0", "layers.0", weight=lambda: 1.0), ("weight", "TypeError")),
     Mistake("schedule that gives None", match("layers.0", "layers.0", weight=lambda step: None), ("weight", "None")),
     Mistake("schedule that gives text", match("layers.0", "layers.0", weight=lambda step: "1"), ("weight", "'1'")),
@@ -261,7 +273,9 @@ BATCHES = [
         ("[3, 1]", "[3, 5]"),
         batch={**tokens(), "valid": torch.ones(3, 1)},
     ),
-    Mistake("mask with a dimension too many", MASKED, ("[3, 5, 8]",), batch={**tokens(), "attention_mask": torch.ones(3, 5, 8)}),
+    Mistake(
+        "mask with a dimension too many", MASKED, ("[3, 5, 8]",), batch={**tokens(), "attention_mask": torch.ones(3, 5, 8)}
+    ),
     Mistake("mask of halves", MASKED, ("attention_mask", "0.5"), batch=SOFT_MASK),
     Mistake("additive mask", MASKED, ("attention_mask", "-10000", "lambda"), batch=ADDITIVE),
     Mistake(
@@ -270,7 +284,9 @@ BATCHES = [
         ("attention_mask", "-10000"),
         batch={**ADDITIVE, "attention_mask": ADDITIVE["attention_mask"].long()},
     ),
-    Mistake("mask with NaN", MASKED, ("attention_mask", "nan"), batch={**tokens(), "attention_mask": torch.full((3, 5), torch.nan)}),
+    Mistake(
+        "mask with NaN", MASKED, ("attention_mask", "nan"), batch={**tokens(), "attention_mask": torch.full((3, 5), torch.nan)}
+    ),
     Mistake("mask None", MASKED, ("attention_mask", "NoneType"), batch={**tokens(), "attention_mask": None}),
     Mistake("mask list", MASKED, ("attention_mask", "list"), batch={**tokens(), "attention_mask": [[1] * 5] * 3}),
     Mistake(
@@ -279,22 +295,39 @@ BATCHES = [
         ("attention_mask", "ndarray"),
         batch={**tokens(), "attention_mask": tokens()["attention_mask"].numpy()},
     ),
-    Mistake("mask function that raises", match("layers.0", "layers.0", mask=lambda batch: batch["maks"]), ("mask", "KeyError", "maks")),
+    Mistake(
+        "mask function that raises",
+        match("layers.0", "layers.0", mask=lambda batch: batch["maks"]),
+        ("mask", "KeyError", "maks"),
+    ),
     Mistake("mask function without argument", match("layers.0", "layers.0", mask=lambda: None), ("mask", "TypeError")),
     Mistake("mask function that gives None", match("layers.0", "layers.0", mask=lambda batch: None), ("mask", "NoneType")),
     Mistake("mask at an address of features", match("layers.0", "layers.0", mask="embed"), ("embed",)),
     Mistake("mask at an address not called", match("layers.0", "layers.0", mask="unused"), ("unused", "never called")),
-    Mistake("target function that raises", match(None, ":logits", target=lambda batch: batch["lables"]), ("target", "lables", "KeyError")),
+    Mistake(
+        "target function that raises",
+        match(None, ":logits", target=lambda batch: batch["lables"]),
+        ("target", "lables", "KeyError"),
+    ),
     Mistake("target function that gives a list", match(None, ":logits", target=lambda batch: [1]), ("target", "list")),
     Mistake("target as list", HARD, ("labels", "list"), batch={**tokens(), "labels": [[1] * 5] * 3}),
     Mistake("labels of another length", HARD, ("[3, 4]", "[3, 5, 5]"), batch={**tokens(), "labels": torch.ones(3, 4).long()}),
     Mistake("labels too large", HARD, ("labels", "7", "4"), batch={**tokens(), "labels": torch.full((3, 5), 7)}),
     Mistake("labels negative", HARD, ("labels", "-1", "-100"), batch={**tokens(), "labels": torch.full((3, 5), -1)}),
     Mistake("labels as floats", HARD, ("labels", "float"), batch={**tokens(), "labels": torch.ones(3, 5)}),
-    Mistake("target of another width", match(None, ":logits", target="wanted"), ("[3, 5, 2]", "[3, 5, 5]"), batch={**tokens(), "wanted": torch.ones(3, 5, 2)}),
+    Mistake(
+        "target of another width",
+        match(None, ":logits", target="wanted"),
+        ("[3, 5, 2]", "[3, 5, 5]"),
+        batch={**tokens(), "wanted": torch.ones(3, 5, 2)},
+    ),
     Mistake("labels for mse", match(None, ":logits", target="labels"), ("[3, 5]", "[3, 5, 5]")),
-    Mistake("class of labels against a teacher loss", match(None, ":logits", loss="kl", target="labels"), ("[3, 5]", "[3, 5, 5]")),
-    Mistake("ids beyond the vocabulary", MASKED, ("Reader", "IndexError"), batch={**tokens(), "input_ids": torch.full((3, 5), 99)}),
+    Mistake(
+        "class of labels against a teacher loss", match(None, ":logits", loss="kl", target="labels"), ("[3, 5]", "[3, 5, 5]")
+    ),
+    Mistake(
+        "ids beyond the vocabulary", MASKED, ("Reader", "IndexError"), batch={**tokens(), "input_ids": torch.full((3, 5), 99)}
+    ),
     Mistake("ids as floats", MASKED, ("Reader", "input_ids"), batch={**tokens(), "input_ids": torch.ones(3, 5)}),
     Mistake(
         "inputs of another width",
@@ -356,7 +389,9 @@ TO_STUDENT = [
     Mistake("no gradient: no_grad", FIRST, ("hidden", "no_grad"), pair=lambda: (mlps()[0], Silent()), batch=points()),
     Mistake("no gradient: an input", lambda: [Match("first:input", "first:input")], ("gradient",), pair=mlps, batch=points()),
     Mistake("no gradient: integers", match("embed:input", "embed:input"), ("embed:input", "gradient")),
-    Mistake("other batch size", FIRST, ("hidden", "[3, 8]", "[5, 8]", "batch"), pair=lambda: (mlps()[0], Halves()), batch=points()),
+    Mistake(
+        "other batch size", FIRST, ("hidden", "[3, 8]", "[5, 8]", "batch"), pair=lambda: (mlps()[0], Halves()), batch=points()
+    ),
     Mistake("other width without a plan", FIRST, ("hidden", "[5, 8]", "[5, 12]", "plan(batch)"), pair=wide, batch=points()),
     Mistake(
         "other width and no adapter",
@@ -421,7 +456,10 @@ TO_STUDENT = [
         "several heads",
         lambda: [Match("self_attn:attention", "self_attn:attention", loss="kl")],
         ("heads", "2", "4"),
-        pair=lambda: (nn.TransformerEncoderLayer(8, 4, 8, batch_first=True), nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)),
+        pair=lambda: (
+            nn.TransformerEncoderLayer(8, 4, 8, batch_first=True),
+            nn.TransformerEncoderLayer(8, 2, 8, batch_first=True),
+        ),
         batch=torch.randn(2, 3, 8),
     ),
     Mistake(
@@ -454,6 +492,8 @@ def test_a_mistake_is_an_error_that_helps_and_leaves_the_models_alone(mistake):
     for word in mistake.words:
         assert word in str(caught.value)
     assert len(str(caught.value)) < 1500
+    if "fine" not in mistake.words:
+        assert "fine" not in str(caught.value), "that is the other entry"
     if distiller is not None:
         assert len(distiller.adapters) == 0
         distiller.close()
@@ -466,7 +506,9 @@ def test_a_mistake_is_an_error_that_helps_and_leaves_the_models_alone(mistake):
 
 def tracked(models: list[nn.Module]) -> str:
     """A first training forward may have updated running statistics, as it should."""
-    return "batch norm" if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for model in models for m in model.modules()) else ""
+    return (
+        "batch norm" if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for model in models for m in model.modules()) else ""
+    )
 
 
 NOT_IN_A_PLAN = ("no gradient", "other width without a plan")
@@ -474,7 +516,11 @@ NOT_IN_A_PLAN = ("no gradient", "other width without a plan")
 
 @pytest.mark.parametrize(
     "mistake",
-    [each for each in (*ADDRESSES, *MATCHES, *BATCHES, *TO_STUDENT) if not each.early and not each.name.startswith(NOT_IN_A_PLAN)],
+    [
+        each
+        for each in (*ADDRESSES, *MATCHES, *BATCHES, *TO_STUDENT)
+        if not each.early and not each.name.startswith(NOT_IN_A_PLAN)
+    ],
     ids=lambda mistake: mistake.name,
 )
 def test_the_plan_finds_it_too_and_leaves_no_trace(mistake):
@@ -497,13 +543,6 @@ def test_what_is_wrong_on_its_face_is_a_match_error_that_names_the_entry(mistake
     with pytest.raises(MatchError) as caught:
         Distiller(*mistake.pair(), mistake.matches(), **mistake.options)
     assert isinstance(caught.value, ValueError)
-
-
-@pytest.mark.parametrize("mistake", [*ADDRESSES, *BATCHES, *TO_STUDENT[:10]], ids=lambda mistake: mistake.name)
-def test_an_error_of_one_entry_names_that_entry_and_not_the_other(mistake):
-    with pytest.raises(HookDistillError) as caught:
-        Distiller(*mistake.pair(), mistake.matches(), **mistake.options)(mistake.batch)
-    assert "fine" not in str(caught.value).replace("define", "")
 
 
 @pytest.mark.parametrize("name", ["addresses", "matches", "batches", "models"])

@@ -255,7 +255,9 @@ def test_masks_and_targets_come_from_the_batch_not_from_what_the_adaptor_made_of
     batch = points()
     matches = [Match("first", "first", mask="valid"), Match(None, "", loss="cross_entropy", target="labels")]
     plain = Distiller(teacher, student, matches)(batch)
-    adapted = Distiller(teacher, student, matches, batch_adaptor=lambda device, batch: ((batch["x"],), {"x": batch["x"]}))(batch)
+    adapted = Distiller(teacher, student, matches, batch_adaptor=lambda device, batch: ((batch["x"],), {"x": batch["x"]}))(
+        batch
+    )
     assert torch.equal(plain.total, adapted.total)
 
 
@@ -294,7 +296,17 @@ def broken(device, batch):
         (lambda batch: (batch, batch), ["batch_adaptor", "TypeError"]),
     ],
     ids=[
-        *("not a pair", "nothing", "one", "three", "none for the student", "a number", "a string", "wrong name", "unknown keyword"),
+        *(
+            "not a pair",
+            "nothing",
+            "one",
+            "three",
+            "none for the student",
+            "a number",
+            "a string",
+            "wrong name",
+            "unknown keyword",
+        ),
         *("too many", "raises", "wrong signature"),
     ],
 )

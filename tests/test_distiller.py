@@ -93,7 +93,9 @@ PAIRS = {
         lambda: {"input_ids": tokens()["input_ids"], "attention_mask": tokens()["attention_mask"]},
         [
             Match("model.layers.*", "model.layers.*", mask="attention_mask", layer_map="last"),
-            Match("model.layers.-1.self_attn", "model.layers.-1.self_attn", selector="attention", loss="kl", mask="attention_mask"),
+            Match(
+                "model.layers.-1.self_attn", "model.layers.-1.self_attn", selector="attention", loss="kl", mask="attention_mask"
+            ),
             Match("model.layers.0.self_attn:input.hidden_states", "model.layers.0.self_attn:input.hidden_states"),
             SOFT,
             Match(None, ":logits", loss="cross_entropy", target="input_ids", causal_shift=True, mask="attention_mask"),
@@ -186,7 +188,10 @@ def test_the_bare_loop_of_five_lines():
         optimizer.step()
         optimizer.zero_grad()
 
-    assert distiller(loader[0]).parts["hidden"] < Distiller(*mlps(12, 8), hidden(), example_batch=loader[0]).plan(loader[0]).rows[0].value
+    assert (
+        distiller(loader[0]).parts["hidden"]
+        < Distiller(*mlps(12, 8), hidden(), example_batch=loader[0]).plan(loader[0]).rows[0].value
+    )
 
 
 # The teacher is beside, not inside
@@ -227,7 +232,13 @@ def test_the_teachers_own_modes_and_flags_are_left_as_they_are_module_by_module(
     teacher.head.requires_grad_(False)
     was, before = flags(teacher), state(teacher)
     distiller = Distiller(teacher, student, hidden())
-    for act in (lambda: distiller.plan(points()), lambda: distiller(points()), distiller.train, distiller.eval, distiller.close):
+    for act in (
+        lambda: distiller.plan(points()),
+        lambda: distiller(points()),
+        distiller.train,
+        distiller.eval,
+        distiller.close,
+    ):
         act()
         assert flags(teacher) == was
     distiller.requires_grad_(False)
@@ -496,7 +507,9 @@ def test_the_teacher_is_whole_again_between_steps():
 
 
 @pytest.mark.parametrize("opened", [True, False])
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda distiller: pickle.loads(pickle.dumps(distiller))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda distiller: pickle.loads(pickle.dumps(distiller))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_of_a_distiller_works_and_stands_alone(clone, opened):
     teacher, student = mlps(12, 8)
     distiller = Distiller(teacher, student, hidden(), example_batch=points())

@@ -96,7 +96,10 @@ def test_losses_are_a_pair():
 def test_one_tensor_in_many_matches_is_captured_once():
     teacher, student = mlps()
     batch = points()
-    one_match, many = [Match("first", "first")], [Match("first", "first", loss=name) for name in ("mse", "l1", "cosine", "huber")]
+    one_match, many = (
+        [Match("first", "first")],
+        [Match("first", "first", loss=name) for name in ("mse", "l1", "cosine", "huber")],
+    )
     counts = []
     for matches in (one_match, many):
         distiller = Distiller(teacher, student, matches)
@@ -110,7 +113,12 @@ def test_one_tensor_in_many_matches_is_captured_once():
 def test_each_model_runs_once_a_step_and_the_teacher_only_as_far_as_needed():
     teacher, student = mlps()
     ran = []
-    for name, module in (("teacher", teacher), ("teacher.head", teacher.head), ("student", student), ("student.head", student.head)):
+    for name, module in (
+        ("teacher", teacher),
+        ("teacher.head", teacher.head),
+        ("student", student),
+        ("student.head", student.head),
+    ):
         module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
     distiller = Distiller(teacher, student, [Match("first", "first"), Match("second", "second")], example_batch=points())
     ran.clear()
@@ -242,7 +250,9 @@ def test_a_mask_is_an_index_of_a_batch_without_names():
     teacher, student = readers()
     batch = tokens()
     named = Distiller(teacher, student, [Match("layers.3", "layers.1", mask="attention_mask")])(batch)
-    numbered = Distiller(teacher, student, [Match("layers.3", "layers.1", mask=1)])((batch["input_ids"], batch["attention_mask"]))
+    numbered = Distiller(teacher, student, [Match("layers.3", "layers.1", mask=1)])(
+        (batch["input_ids"], batch["attention_mask"])
+    )
     assert torch.equal(named.total, numbered.total)
 
 
@@ -492,7 +502,18 @@ def test_a_frozen_student_can_be_evaluated():
         (lambda s, t: s @ t, ["RuntimeError", "[3, 5]"]),
         (lambda s, t, scale: s.sum() * scale, ["TypeError", "scale"]),
     ],
-    ids=["not reduced", "one element", "number", "none", "tuple", "detached", "constant", "raises", "wrong shapes", "needs more"],
+    ids=[
+        "not reduced",
+        "one element",
+        "number",
+        "none",
+        "tuple",
+        "detached",
+        "constant",
+        "raises",
+        "wrong shapes",
+        "needs more",
+    ],
 )
 def test_a_loss_of_the_users_that_gives_no_scalar_to_train_is_an_error(loss, words):
     teacher, student = pair(3, 5)
@@ -595,4 +616,6 @@ def test_a_missing_teacher_in_the_dictionaries_is_an_error_that_lists_them():
 def test_a_wildcard_without_models_is_an_error_that_says_so():
     loss_or_error = pytest.raises(MatchError, match=r"layers\.\*")
     with loss_or_error:
-        DistillationLoss([Match("layers.*", "layers.*")])({"layers.0": {"output": torch.ones(2)}}, {"layers.0": {"output": torch.ones(2)}})
+        DistillationLoss([Match("layers.*", "layers.*")])(
+            {"layers.0": {"output": torch.ones(2)}}, {"layers.0": {"output": torch.ones(2)}}
+        )

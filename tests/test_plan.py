@@ -76,7 +76,9 @@ def test_the_plan_leaves_no_trace(train):
     teacher.norm.train(not train)
     student.drop.train(not train)
     student.first.bias.requires_grad_(False)
-    distiller = Distiller(teacher, student, [Match("second", "second"), Match("first", "first", weight=lambda step: 1.0 + step)])
+    distiller = Distiller(
+        teacher, student, [Match("second", "second"), Match("first", "first", weight=lambda step: 1.0 + step)]
+    )
     distiller.train(train)
     student.drop.train(not train)
     was, before, random = flags(teacher, student), state(teacher, student), torch.random.get_rng_state()

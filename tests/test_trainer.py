@@ -226,11 +226,18 @@ def test_a_stream_without_a_length_is_read_pass_after_pass():
 
 
 def test_the_losses_are_means_over_the_last_pass():
+    passes = iter([DATA[:12].split(4), DATA[12:].split(4)])
+
+    class Loader:
+        def __iter__(self):
+            return iter(next(passes))
+
     made = distiller()
     with torch.no_grad():
-        expected = [F.mse_loss(made.student(x), made.teacher(x)) for x in DATA.split(4)]
-    result = Trainer(made, loader(), epochs=1, optimizer=sgd(1e-12), progress=False).train()
-    assert result.loss == pytest.approx(float(sum(expected) / 6), rel=1e-5)
+        expected = [float(F.mse_loss(made.student(x), made.teacher(x))) for x in DATA[12:].split(4)]
+    result = Trainer(made, Loader(), max_steps=6, optimizer=sgd(1e-12), progress=False).train()
+    assert result.loss == pytest.approx(sum(expected) / 3, rel=1e-5)
+    assert result.losses == {"logits": pytest.approx(result.loss)}
 
 
 # Optimizer and scheduler
@@ -345,6 +352,23 @@ def test_models_are_left_as_they_were_after_an_error():
     assert all(parameter.grad is None for parameter in made.parameters())
     assert not GradientState().in_dataloader
     trained(made)
+
+
+def test_an_error_between_two_batches_of_a_step_leaves_no_gradient():
+    made = distiller(Match("2", "2", weight=lambda step: weights.pop(0)))
+    weights = [1.0, 1.0]  # for the plan and the first batch
+    with pytest.raises(IndexError):
+        trained(made, accumulate=2)
+    assert all(parameter.grad is None for parameter in made.parameters())
+
+
+def test_a_distiller_that_the_user_prepared_stays_prepared():
+    accelerator = accelerate.Accelerator(mixed_precision="bf16")
+    made = accelerator.prepare(distiller())
+    forward = made.forward
+    half = trained(made, accelerator=accelerator)
+    assert made.forward == forward
+    assert same(half, trained(distiller(), mixed_precision="bf16"))
 
 
 def test_best_and_last_are_saved_and_can_be_loaded(tmp_path):
@@ -543,6 +567,11 @@ def test_a_setting_that_contradicts_the_accelerator_is_an_error():
     accelerator = accelerate.Accelerator(gradient_accumulation_steps=2)
     refused(r"accumulate=3 .* accelerator has 2", accumulate=3, accelerator=accelerator)
     refused(r"mixed_precision='bf16' .* accelerator has 'no'", mixed_precision="bf16", accelerator=accelerator)
+
+
+def test_a_setting_that_the_environment_of_accelerate_launch_overrules_is_an_error(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    refused(r"accumulate=3 .*environment.* has 2", accumulate=3)
 
 
 def test_another_precision_than_that_of_an_accelerator_in_the_process_is_an_error():

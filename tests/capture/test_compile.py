@@ -47,10 +47,11 @@ ADDRESSES = ["layers.0", "layers.1", "layers.1:input", "norm@0", "norm@-1", "nor
 
 
 def by_hand(net: Net, x: Tensor) -> list[Tensor]:
-    first = net.layers[0](x)
-    second = net.layers[1](first.relu())
-    normed = [net.norm(second.relu())]
-    normed.append(net.norm(normed[0]))
+    # Not by calling the modules: under an open capture that would be a forward of its own.
+    first = nn.functional.linear(x, *net.layers[0].parameters())
+    second = nn.functional.linear(first.relu(), *net.layers[1].parameters())
+    normed = [nn.functional.layer_norm(second.relu(), (8,), *net.norm.parameters())]
+    normed.append(nn.functional.layer_norm(normed[0], (8,), *net.norm.parameters()))
     return [first, second, first.relu(), *normed, *normed, normed[1]]
 
 
@@ -140,11 +141,6 @@ def test_compile_capture_after_the_first_compiled_run_nobody_looked(how):
     model(rows())
     with pytest.raises(CaptureError, match="first compiled call"), Capture(model, ["layers.0"]):
         model(rows())
-        raise_unless_captured(model)
-
-
-def raise_unless_captured(model: nn.Module) -> None:
-    """Nothing: leaving the context is what raises."""
 
 
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
@@ -225,7 +221,6 @@ def test_compile_graph_break_in_the_middle():
             for _ in range(3):
                 x = torch.randn(4, 8)
                 out = model(x)
-                assert torch.equal(captured["layers.0"]["output"], net.layers[0](x)) or how == "in place"
                 x0 = nn.functional.linear(x, *net.layers[0].parameters())
                 assert torch.equal(captured[""]["output"], out)
                 assert torch.equal(captured["layers.0"]["output"], x0)
