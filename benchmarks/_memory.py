@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from _approaches import APPROACHES, Approach
+
+from _approaches import APPROACHES, NONE, Approach
 from _models import WORKLOADS, capture_set
 from _steps import MODES, set_mode, step_of
 
@@ -69,7 +70,7 @@ def measure(approach: Approach, workload_name: str, device: torch.device) -> lis
     subject = approach.prepare(model) if approach.prepare else model
     ids = workload.ids(device, workload.memory_batch)
     sets = {name: capture_set(name, model, ids) for name in MEMORY_SETS}
-    plain = APPROACHES["no hooks"]
+    plain = APPROACHES[NONE]
     rows = []
     for mode in (mode for mode in MODES if mode in approach.modes):
         set_mode(mode, model)
@@ -86,17 +87,8 @@ def measure(approach: Approach, workload_name: str, device: torch.device) -> lis
             with approach.attach(subject, names) as attached:
                 step = step_of(mode, attached, ids)
                 peak = peak_bytes(lambda step=step: (step(), step()), device)
-            rows.append(
-                {
-                    "approach": approach.name,
-                    "device": device.type,
-                    "model": workload_name,
-                    "mode": mode,
-                    "captured": captured,
-                    "modules": len(names),
-                    "peak_bytes": peak,
-                }
-            )
+            where = {"approach": approach.name, "device": device.type, "model": workload_name, "mode": mode}
+            rows.append({**where, "captured": captured, "modules": len(names), "peak_bytes": peak})
             del attached, step
     return rows
 

@@ -11,12 +11,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from _approaches import APPROACHES, BARE, CONTROL, NONE, OURS
-from _models import SETS
-from _steps import MODES
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from _approaches import APPROACHES, BARE, CONTROL, NONE, OURS
+from _models import SETS
+from _steps import MODES
 
 # Okabe and Ito's colours, told apart by shape as well
 MARKS = dict(zip(SETS, (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D")), strict=True))

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _approaches import Attached
 from torch import Tensor
+
+from _approaches import Attached
 
 MODES = ("forward", "training step")
 

@@ -21,11 +21,6 @@ from typing import Any
 
 import torch
 import transformers
-from _approaches import APPROACHES, BARE, CONTROL, NONE, OURS, Approach, installed, no_hooks
-from _memory import MEMORY_SETS, can_measure, measured_apart
-from _models import SETS, WORKLOADS, Workload, capture_set
-from _steps import MODES, set_mode, step_of
-from _timing import Interval, Rounds, difference, percentile, ratio, ratio_of_differences, take_turns, timed
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -34,6 +29,11 @@ from torch import Tensor
 from transformers import BertModel
 
 import hookdistill
+from _approaches import APPROACHES, BARE, CONTROL, NONE, OURS, Approach, installed, no_hooks
+from _memory import MEMORY_SETS, can_measure, measured_apart
+from _models import SETS, WORKLOADS, Workload, capture_set
+from _steps import MODES, set_mode, step_of
+from _timing import Interval, Rounds, difference, percentile, ratio, ratio_of_differences, take_turns, timed
 
 Row = dict[str, Any]
 MEBIBYTE = 2**20

@@ -90,7 +90,9 @@ def _compiled(model: nn.Module, found: Found, module: nn.Module) -> str:
     if is_compiled(model):
         return (
             "The model is compiled, and hooks that come after its first compiled call are ignored. Open the capture "
-            "before the first call, or call torch.compiler.reset() after opening it."
+            "before the first call, or call torch.compiler.reset() after opening it. Blocks that are compiled one by one "
+            "share their compiled code: capture inside all of them or none, the blocks themselves, or set "
+            "torch._dynamo.config.skip_nnmodule_hook_guards = False."
         )
     return ""
 

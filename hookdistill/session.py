@@ -61,7 +61,9 @@ class Session:
         """Put every hook on; none if one cannot be placed."""
         if isinstance(self.model, torch.jit.ScriptModule):
             kind = type(self.model).__name__
-            raise CaptureError(f"the model is a {kind}, which takes no hooks. Capture from the model before scripting or tracing.")
+            raise CaptureError(
+                f"the model is a {kind}, which takes no hooks. Capture from the model before scripting or tracing."
+            )
         try:
             self.roots[id(self.model)] = _Root(self, self.model)
             for slots in _by_module(self.slots):

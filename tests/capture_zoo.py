@@ -48,7 +48,9 @@ class Residual(nn.Module):
 
 
 @contextlib.contextmanager
-def edited(model: nn.Module, paths: Sequence[str], select: Callable[[Any], Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+def edited(
+    model: nn.Module, paths: Sequence[str], select: Callable[[Any], Tensor] | None = None
+) -> Iterator[dict[str, Tensor]]:
     """The reference: ``forward`` of the named modules is rewritten to put a differentiable copy of its output aside.
 
     Only the first call of each counts, so that a recomputation in backward changes nothing.

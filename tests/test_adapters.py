@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from pairs import ConvNet, assert_same_gradients, hooks, mlps, pictures, points, readers, same, seeded, state, tokens, train
 from torch import nn
 from torch.nn import functional as F
 
 from hookdistill import DistillationLoss, Distiller, Match, MatchError
 from hookdistill.adapters import fit_adapter
+from pairs import ConvNet, assert_same_gradients, hooks, mlps, pictures, points, readers, same, seeded, state, tokens, train
 
 
 def convs(teacher_channels, student_channels, *, teacher_stride=1, student_stride=1):

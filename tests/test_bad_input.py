@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pairs import ConvNet, Mlp, Read, Reader, flags, hooks, mlps, pictures, points, readers, same, seeded, state, tokens
 from torch import nn
 
 import hookdistill
 from hookdistill import DistillationLoss, Distiller, HookDistillError, Match, MatchError
+from pairs import ConvNet, Mlp, Read, Reader, flags, hooks, mlps, pictures, points, readers, same, seeded, state, tokens
 
 
 @dataclass

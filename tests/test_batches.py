@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from pairs import mlps, points, readers, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hookdistill import BatchError, Distiller, HookDistillError, Match
 from hookdistill.batches import contents, given_inputs, has_item, model_inputs, named_items, pick, positional_items, to_device
+from pairs import mlps, points, readers, tokens
 
 HARD = Match(None, ":logits", loss="cross_entropy", target="labels")
 

@@ -5,6 +5,21 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hookdistill import Distiller, Match, MatchError
 from pairs import (
     Mlp,
     assert_same_gradients,
@@ -22,21 +37,6 @@ from pairs import (
     train,
     twin,
 )
-from torch import nn
-from torch.nn import functional as F
-from transformers import (
-    BertConfig,
-    BertForTokenClassification,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
-
-from hookdistill import Distiller, Match, MatchError
 
 
 def hidden(**kwargs):
@@ -408,7 +408,7 @@ def test_the_student_may_be_its_own_teacher(planned, autocast):
 @pytest.mark.parametrize("planned", [True, False, "inside"])
 def test_autocast_loses_no_gradient_of_the_student(planned):
     teacher, student = mlps()
-    distiller = Distiller(teacher, student, hidden() + [Match("", "", loss="kl")])
+    distiller = Distiller(teacher, student, [*hidden(), Match("", "", loss="kl")])
     if planned is True:
         distiller.plan(points())
     with torch.autocast("cpu", torch.bfloat16):
@@ -417,7 +417,7 @@ def test_autocast_loses_no_gradient_of_the_student(planned):
         total = distiller(points()).total
     reference = twin(student)
     with torch.autocast("cpu", torch.bfloat16):
-        expected = Distiller(teacher, reference, hidden() + [Match("", "", loss="kl")], example_batch=points())(points()).total
+        expected = Distiller(teacher, reference, [*hidden(), Match("", "", loss="kl")], example_batch=points())(points()).total
     ours = gradients(student, total)
     assert all(gradient is not None for gradient in ours)
     assert_same_gradients(ours, gradients(reference, expected))

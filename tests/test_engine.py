@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from pairs import ConvNet, assert_same_gradients, gradients, mlps, pictures, points, readers, seeded, tokens
 from torch import nn
 from torch.nn import functional as F
 
 from hookdistill import Capture, DistillationLoss, Distiller, Losses, Match, MatchError
+from pairs import ConvNet, assert_same_gradients, gradients, mlps, pictures, points, readers, seeded, tokens
 
 
 def pair(*shape, seed=0):

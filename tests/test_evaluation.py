@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from pairs import hooks, mlps, points, same, state
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from hookdistill import Distiller, Evaluation, HeldOutLosses, Match, StudentMetric, Trainer, TrainerError
 from hookdistill.evaluation import Measurement, measure, save
+from pairs import hooks, mlps, points, same, state
 
 MATCHES = [Match("head", "head", loss="kl", name="logits"), Match("second", "second", name="hidden", weight=0.5)]
 

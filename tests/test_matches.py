@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from pairs import mlps, points, readers
 from torch import nn
 
 from hookdistill import DistillationLoss, Distiller, Match, MatchError, losses, register_loss
 from hookdistill.losses import registry
 from hookdistill.matches import as_matches
+from pairs import mlps, points, readers
 
 
 @pytest.fixture
@@ -201,8 +201,11 @@ def test_a_registered_loss_is_known_by_its_name():
     teacher, student = pair(3, 5)
     assert torch.equal(one(Match("", "", loss="absolute"), teacher, student).total, absolute(student, teacher))
     item = {
-        **{"type": "ts_distill", "teacher_layer_name": "t", "teacher_layer_output_name": "a"},
-        **{"student_layer_name": "s", "student_layer_output_name": "b"},
+        "type": "ts_distill",
+        "teacher_layer_name": "t",
+        "teacher_layer_output_name": "a",
+        "student_layer_name": "s",
+        "student_layer_output_name": "b",
         "loss": {"loss_function": "absolute", "args": {"power": 2.0}},
     }
     found = DistillationLoss([item])({"t": {"a": teacher}}, {"s": {"b": student}})
@@ -253,7 +256,9 @@ def test_reduction_is_an_option_like_any_other_of_the_loss():
 
 def test_matches_and_dicts_of_the_older_library_may_be_mixed():
     item = {
-        **{"type": "hard_distill", "student_layer_name": "head", "student_layer_output_name": "output"},
+        "type": "hard_distill",
+        "student_layer_name": "head",
+        "student_layer_output_name": "output",
         "loss": {"loss_function": "cross_entropy", "args": {}},
     }
     entries = as_matches([Match("a", "b"), item])
@@ -267,8 +272,11 @@ def test_any_iterable_of_matches_will_do():
 
 def test_the_entries_given_are_left_as_they_were():
     item = {
-        **{"type": "ts_distill", "teacher_layer_name": "t", "teacher_layer_output_name": "a"},
-        **{"student_layer_name": "s", "student_layer_output_name": "b"},
+        "type": "ts_distill",
+        "teacher_layer_name": "t",
+        "teacher_layer_output_name": "a",
+        "student_layer_name": "s",
+        "student_layer_output_name": "b",
         "loss": {"loss_function": "cos", "args": {}},
     }
     before = copy.deepcopy(item)

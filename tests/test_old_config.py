@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from pairs import mlps, points, readers, tokens
 from torch.nn import functional as F
 
 from hookdistill import DistillationLoss, Distiller, Match, MatchError
+from pairs import mlps, points, readers, tokens
 
 
 def soft(teacher="bert_layer4", student="bert_layer1", output="hidden_states", loss="mse", **more):

@@ -14,7 +14,9 @@ IDS = torch.arange(1, 9).reshape(2, 4)
 
 
 def bert():
-    return BertModel(BertConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=2, intermediate_size=32, vocab_size=50))
+    return BertModel(
+        BertConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    )
 
 
 def llama():

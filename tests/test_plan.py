@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from pairs import ConvNet, flags, hooks, mlps, pictures, points, readers, same, seeded, state, tokens
 from torch import nn
 
 from hookdistill import Distiller, Match, MatchError, Plan
 from hookdistill.layer_maps import LAYER_MAPS
+from pairs import ConvNet, flags, hooks, mlps, pictures, points, readers, same, seeded, state, tokens
 
 
 def example():

@@ -113,9 +113,7 @@ def _grouped(heads: Tensor, source: Tensor | None) -> Tensor:
 Look = Callable[[Handwritten, tuple[Any, ...], dict[str, Any], Any], AttentionCall | None]
 
 
-def _look_at_product(
-    seen: Handwritten, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
-) -> AttentionCall | None:
+def _look_at_product(seen: Handwritten, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> AttentionCall | None:
     left, right = [operand for operand in (*args, *kwargs.values()) if isinstance(operand, Tensor)][-2:]
     if left.ndim < 3 or right.ndim < 3:
         return None
@@ -127,9 +125,7 @@ def _look_at_product(
     return None
 
 
-def _look_at_einsum(
-    seen: Handwritten, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
-) -> AttentionCall | None:
+def _look_at_einsum(seen: Handwritten, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> AttentionCall | None:
     equation, operands = args[0], args[1] if isinstance(args[1], (list, tuple)) else args[1:]
     if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation or "." in equation:
         return None

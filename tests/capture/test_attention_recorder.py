@@ -26,9 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # transformers, of its own future
     pytest.mark.filterwarnings("ignore:.*nested tensors.*:UserWarning"),  # nn.TransformerEncoder makes one itself
     pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:flex_attention called without torch.compile:UserWarning"
-    ),  # meant, it is fast to test
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),  # meant, it is fast to test
 ]
 
 
@@ -153,13 +151,9 @@ FAMILIES = [
     Family("Whisper", WHISPER, "decoder.layers.1.self_attn", "decoder_attentions"),
     # attention functions of their own: three products, alibi, merged heads, einsum
     Family("DebertaV2", DEBERTA, "encoder.layer.1.attention", implementations=("eager",)),
-    Family(
-        "Bloom", {"vocab_size": 99, "hidden_size": 24, "n_layer": 2, "n_head": 4}, "h.1", implementations=("eager",)
-    ),
+    Family("Bloom", {"vocab_size": 99, "hidden_size": 24, "n_layer": 2, "n_head": 4}, "h.1", implementations=("eager",)),
     Family("Mvp", SEQ2SEQ, "decoder.layers.1.encoder_attn", "cross_attentions", implementations=("eager",)),
-    Family(
-        "XLNet", {"vocab_size": 99, "d_model": 24, "n_layer": 2, "n_head": 4}, "layer.1", implementations=("eager",)
-    ),
+    Family("XLNet", {"vocab_size": 99, "d_model": 24, "n_layer": 2, "n_head": 4}, "layer.1", implementations=("eager",)),
 ]
 
 
@@ -250,9 +244,7 @@ def test_generation_steps_of_grouped_heads(mask: Tensor | None) -> None:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_probabilities_are_those_before_dropout(implementation: str) -> None:
-    model = transformers.BertModel(
-        transformers.BertConfig(**SIZES, attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0)
-    )
+    model = transformers.BertModel(transformers.BertConfig(**SIZES, attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0))
     attention = model.encoder.layer[0].attention.self
     model.set_attn_implementation("eager")
     expected = model.eval()(IDS, output_attentions=True).attentions[0]
@@ -274,17 +266,13 @@ class Functional(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, **self.options)
 
 
-def tensors(
-    *, heads: int = 4, groups: int = 4, queries: int = 5, keys: int = 7, dtype: torch.dtype = torch.float32
-) -> Any:
+def tensors(*, heads: int = 4, groups: int = 4, queries: int = 5, keys: int = 7, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     shapes = (2, heads, queries, 6), (2, groups, keys, 6), (2, groups, keys, 3)
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-def by_hand(
-    query: Tensor, key: Tensor, allowed: Tensor, *, scale: float = 6**-0.5, bias: Tensor | float = 0.0
-) -> Tensor:
+def by_hand(query: Tensor, key: Tensor, allowed: Tensor, *, scale: float = 6**-0.5, bias: Tensor | float = 0.0) -> Tensor:
     """Softmax over the allowed keys alone, row by row; a row without any stays zero."""
     scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scale + bias
     rows = torch.zeros_like(scores)
@@ -314,9 +302,7 @@ SOFT = torch.linspace(-2, 2, 35).view(1, 1, 5, 7)
         pytest.param({"attn_mask": RAGGED}, RAGGED, {}, id="boolean-empty-row"),
         pytest.param({"attn_mask": SOFT}, EVERY, {"bias": SOFT}, id="additive"),
         *(
-            pytest.param(
-                {"attn_mask": torch.zeros(2, 1, 5, 7).masked_fill(~RAGGED, low)}, RAGGED, {}, id=f"additive{low}"
-            )
+            pytest.param({"attn_mask": torch.zeros(2, 1, 5, 7).masked_fill(~RAGGED, low)}, RAGGED, {}, id=f"additive{low}")
             for low in (-math.inf, torch.finfo(torch.float32).min, -1e9)
         ),
     ],
@@ -327,9 +313,7 @@ def test_functional_attention(options: dict[str, Any], allowed: Tensor, expected
     assert seen.call.query is query and seen.call.key is key and seen.call.value is value
     by_now = by_hand(query, key, allowed, **expected)
     close(seen.probabilities, by_now)
-    for mine, theirs in zip(
-        *(torch.autograd.grad(slope(p), (query, key)) for p in (seen.probabilities, by_now)), strict=True
-    ):
+    for mine, theirs in zip(*(torch.autograd.grad(slope(p), (query, key)) for p in (seen.probabilities, by_now)), strict=True):
         close(mine, theirs)
     assert not seen.probabilities[~allowed.expand(2, 4, 5, 7)].any()
 

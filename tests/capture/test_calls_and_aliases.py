@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from capture_zoo import Mlp, albert, bert, encoder, gradients, hooks_on, rows, same_gradients, tokens
 from torch import Tensor, nn
 
+from capture_zoo import Mlp, albert, bert, encoder, gradients, hooks_on, rows, same_gradients, tokens
 from hookdistill import AddressError, Capture, CaptureError
 
 
@@ -46,17 +46,19 @@ def test_a_module_called_several_times_needs_a_call_index(path, call):
 
 
 def test_several_calls_without_an_index_are_an_error_that_counts_them():
-    with pytest.raises(CaptureError, match=r"ran 3 times.*again@0 to again@2.*again@-1 for the last.*again@\*"), Capture(
-        Loop(3), "again"
-    ) as captured:
+    with (
+        pytest.raises(CaptureError, match=r"ran 3 times.*again@0 to again@2.*again@-1 for the last.*again@\*"),
+        Capture(Loop(3), "again") as captured,
+    ):
         captured._session.model(rows())
 
 
 @pytest.mark.parametrize(("times", "call"), [(1, 1), (3, 3), (2, -3)])
 def test_a_call_that_did_not_happen_is_an_error(times, call):
     model = Loop(times)
-    with pytest.raises(CaptureError, match=f"ran (once|{times} times) in this forward, so there is no call {call}"), Capture(
-        model, f"shared@{call}"
+    with (
+        pytest.raises(CaptureError, match=f"ran (once|{times} times) in this forward, so there is no call {call}"),
+        Capture(model, f"shared@{call}"),
     ):
         model(rows())
 
@@ -230,9 +232,10 @@ class Lora(nn.Module):
 @pytest.mark.parametrize("look", [True, False])
 def test_a_module_replaced_under_an_open_capture_is_an_error(wrap, look):
     model, x = Mlp(), rows()
-    with pytest.raises(CaptureError, match=r"'layers.1' was replaced after the capture was opened: it is a"), Capture(
-        model, "layers.1"
-    ) as captured:
+    with (
+        pytest.raises(CaptureError, match=r"'layers.1' was replaced after the capture was opened: it is a"),
+        Capture(model, "layers.1") as captured,
+    ):
         model.layers[1] = wrap(model.layers[1])
         model(x)
         if look:

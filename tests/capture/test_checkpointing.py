@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
-from capture_zoo import bert, gradients, rows, same_gradients, tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from capture_zoo import bert, gradients, rows, same_gradients, tokens
 from hookdistill import Capture, CaptureError
 
 

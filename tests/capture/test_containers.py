@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from capture_zoo import bert, gradients, same_gradients, tokens
 from torch import Tensor, nn
 
+from capture_zoo import bert, gradients, same_gradients, tokens
 from hookdistill import Capture, CaptureError
 
 
@@ -117,9 +117,7 @@ def test_model_outputs_give_their_fields():
     for key in ("output", "last_hidden_state", "output[0]"):
         assert torch.equal(captured["bert"][key], out.hidden_states[-1])
     assert torch.equal(captured["bert.encoder.layer.1"]["output"], out.hidden_states[2])
-    assert same_gradients(
-        gradients(captured["bert.encoder.layer.1"]["output"], model), gradients(out.hidden_states[2], model)
-    )
+    assert same_gradients(gradients(captured["bert.encoder.layer.1"]["output"], model), gradients(out.hidden_states[2], model))
 
 
 def test_a_view_of_something_larger_is_the_values_asked_for():

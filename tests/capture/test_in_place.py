@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from capture_zoo import Residual, gradients, image, resnet, same_gradients
 from torch import Tensor, nn
 
+from capture_zoo import Residual, gradients, image, resnet, same_gradients
 from hookdistill import Capture, CaptureError
 
 PATHS = ["conv", "bn", "relu", "mix", "pool", "head"]
@@ -62,7 +62,9 @@ def test_in_place_in_a_real_residual_network():
             module.inplace = False
     seen: dict[str, Tensor] = {}
     for path in paths:
-        model.get_submodule(path).register_forward_hook(lambda m, a, out, path=path: seen.update({path: out.clone()}) if path not in seen else None)
+        model.get_submodule(path).register_forward_hook(
+            lambda m, a, out, path=path: seen.update({path: out.clone()}) if path not in seen else None
+        )
     model(x)
     assert len(paths) > 12
     for path in paths:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from capture_zoo import bert, gradients, llama, rows, same_gradients, tokens
 from torch import Tensor, nn
 
+from capture_zoo import bert, gradients, llama, rows, same_gradients, tokens
 from hookdistill import Capture, CaptureError
 
 
@@ -15,7 +15,9 @@ class Takes(nn.Module):
         super().__init__()
         self.lin = nn.Linear(8, 8)
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, *rest: Tensor, bias: Tensor | None = None, **extra: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, *rest: Tensor, bias: Tensor | None = None, **extra: Tensor
+    ) -> Tensor:
         return self.lin(x)
 
 

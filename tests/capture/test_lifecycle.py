@@ -10,9 +10,9 @@ import weakref
 
 import pytest
 import torch
-from capture_zoo import Mlp, bert, encoder, gradients, hooks_on, llama, rows, same_gradients, t5, tokens
 from torch import Tensor, nn
 
+from capture_zoo import Mlp, bert, encoder, gradients, hooks_on, llama, rows, same_gradients, t5, tokens
 from hookdistill import Capture, CaptureError
 from hookdistill.errors import CaptureKeyError
 

@@ -6,9 +6,9 @@ import contextlib
 
 import pytest
 import torch
-from capture_zoo import Mlp, bert, edited, hooks_on, rows, tokens
 from torch import Tensor, nn
 
+from capture_zoo import Mlp, bert, edited, hooks_on, rows, tokens
 from hookdistill import Capture, CaptureError
 
 
@@ -112,11 +112,10 @@ def test_stop_an_exception_is_the_users():
 def test_stop_does_not_take_anything_from_another_capture():
     model, x = Counted(), rows()
     whole = model(x)
-    with Capture(model, ["layers.2", ":output"]) as outer:
-        with Capture(model, "layers.0", stop=True) as inner:
-            assert torch.equal(model(x), whole)  # the other one wants it to the end
-            assert inner["layers.0"]["output"].shape == (4, 8)
-            assert torch.equal(outer[""]["output"], whole)
+    with Capture(model, ["layers.2", ":output"]) as outer, Capture(model, "layers.0", stop=True) as inner:
+        assert torch.equal(model(x), whole)  # the other one wants it to the end
+        assert inner["layers.0"]["output"].shape == (4, 8)
+        assert torch.equal(outer[""]["output"], whole)
     model.ran.clear()
     with Capture(model, "layers.1", stop=True) as later, Capture(model, "layers.0", stop=True) as sooner:
         assert model(x) is None
