@@ -28,8 +28,8 @@ def teaching(model: nn.Module) -> Iterator[None]:
     """A teacher's forward: eval mode, no gradients."""
     with evaluating(model), torch.no_grad():
         yield
-    # A weight that was cast under no_grad stays in autocast's cache without a gradient; a student that shares it with its
-    # teacher would silently not train it.
+    # In torch releases without pytorch PR #165068 a weight that was cast under no_grad stays in autocast's cache without a
+    # gradient; a student that shares it with its teacher would silently not train it.
     torch.clear_autocast_cache()
 
 

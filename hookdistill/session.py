@@ -68,9 +68,8 @@ class Session:
             self.roots[id(self.model)] = _Root(self, self.model)
             for slots in _by_module(self.slots):
                 words = {slot.address.selector.word for slot in slots}
-                kinds = [_InputHook] * ("input" in words) + [_AttentionHook] * bool(words & {*ATTENTION_WORDS})
-                for kind in (*kinds, *[_OutputHook] * ("output" in words)):
-                    self.hooks.append(kind(self, slots))
+                kinds: tuple[type[_Hook], ...] = (_InputHook, _AttentionHook, _OutputHook)
+                self.hooks += [kind(self, slots) for kind in kinds if words & {*kind.words}]
             self.roots[id(self.model)].prepare()
             if self.stop:
                 _CatchesStop.of(self.model).sessions.append(self)
@@ -84,8 +83,10 @@ class Session:
         _open.discard(self)
         for slot in self.slots:
             slot.failure = slot.failure or replaced(self.model, slot.found)
-        for hook in (*self.hooks, *self.roots.values()):
+        for hook in self.hooks:
             hook.remove()
+        for root in self.roots.values():
+            root.remove()
         self.hooks, self.roots = [], {}
         _CatchesStop.release(self.model, self)
 
@@ -175,13 +176,13 @@ class Session:
             kind = type(unwrap(self.model)).__name__
             why = why_never_called(self.model, Found("", self.model), self.thread)
             raise CaptureError(f"capture {slot.name!r}: no forward of {kind} was seen since the capture was opened. {why}")
-        if self.hooks and (why := replaced(self.model, slot.found)):
-            raise CaptureError(f"capture {slot.name!r}: {why}.")
+        if self.hooks and (became := replaced(self.model, slot.found)):
+            raise CaptureError(f"capture {slot.name!r}: {became}.")
         if not slot.calls:
             if self.state == "running":
                 raise CaptureError(f"capture {slot.name!r}: the module has not run yet in this forward.")
-            why = slot.failure or why_never_called(self.model, slot.found, self.thread)
-            raise CaptureError(f"capture {slot.name!r}: {why}")
+            cause: str = slot.failure or why_never_called(self.model, slot.found, self.thread)
+            raise CaptureError(f"capture {slot.name!r}: {cause}")
         slot.check()
 
     def check_complete(self) -> None:
@@ -283,7 +284,7 @@ def _overtaken(line: Mapping[int, Any], own: int, session: Session | None = None
 
     Hooks of other captures change nothing; those of ``session`` count where it is given.
     """
-    for number in reversed(line):  # type: ignore[call-overload]  # torch's annotation is that of a plain dict
+    for number in reversed(line):
         if number == own:
             return False
         if not isinstance(line[number], _Guarded) or line[number].session is session:
@@ -436,9 +437,13 @@ class _OutputHook(_Hook):
         self.handles = [(module.register_forward_hook(self), module._forward_hooks)]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self.hears():
-            return
         session = self.session
+        # What hears() would find out, without the calls: this runs at every captured module of every forward.
+        if not session.depth or is_dynamo_compiling():
+            if not self.hears():
+                return
+        elif _thread_id() != session.recorded_thread or _graph_task_id() != -1:
+            return
         slot = self.only
         if slot is not None and not slot.calls and type(output) is Tensor and (_is_grad_enabled() or not session.grad):
             slot.calls = 1

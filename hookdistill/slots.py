@@ -15,7 +15,7 @@ from .paths import Found
 
 # Copy-on-write on Apple's GPUs is said to be unsafe (pytorch #150569): a plain copy there.
 _twin_of: Callable[[Tensor], Tensor] = torch.clone if torch.backends.mps.is_available() else torch._lazy_clone
-_address: Callable[[Tensor], int] = torch._C._data_address  # unlike data_ptr() it forces no copy
+_address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]  # unlike data_ptr() it forces no copy
 
 Kept = tuple[Tensor, int | None, Tensor | None]
 """A captured tensor: the reference itself, its version, and a copy-on-write twin.

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("no", "bf16", "fp16")
 _SECONDS_BETWEEN_LOOKS = 0.5
+_RECENT = 50
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +41,9 @@ class TrainResult:
     """Passes over the train loader; the last one need not have come to its end."""
     seconds: float
     loss: float
-    """The total, as the mean over the batches of the last pass."""
+    """The total, as the mean over the last batches, 50 at most."""
     losses: Mapping[str, float]
-    """The parts by name, as the mean over the batches of the last pass."""
+    """The parts by name, as means over the same batches."""
     history: Sequence[Measurement]
     """What the evaluators measured, from before the first step to after the last."""
     best: Measurement | None
@@ -77,7 +79,7 @@ class Trainer:
             ``eval/loss``.
         output_dir: gets ``last``, and ``best`` if that is asked for: the student as `Distiller.export` writes it, and
             ``adapters.safetensors``.
-        progress: a bar with the losses, as means since they were last shown.
+        progress: a bar with the losses, as means over the last batches, 50 at most.
         seed: of Python's, NumPy's and torch's random numbers, set when the training starts.
         accelerator: one of your own; it then decides about precision and accumulation.
 
@@ -163,7 +165,7 @@ class _Run:
         self.step = self.epoch = 0
         self.history: list[Measurement] = []
         self.best: Measurement | None = None
-        self.means = _Means()
+        self.recent = _Recent()
         self.bar = _bar(self.total, settings.progress and accelerator.is_local_main_process)
         self.looked_at, self.next_look = 0, time.perf_counter() + _SECONDS_BETWEEN_LOOKS
 
@@ -171,7 +173,6 @@ class _Run:
         """One pass over the loader, in groups of the batches that make an optimizer step."""
         batches, self.batches = self.batches or iter(self.loader), None
         self.epoch += 1
-        self.means.begin_pass()
         empty = True
         while group := list(itertools.islice(batches, self.accumulate)):
             empty = False
@@ -190,7 +191,7 @@ class _Run:
                 losses = self.model(batch, step=self.step)
                 # backward() divides by accumulate, which is too much for the short group at the end of a pass.
                 self.accelerator.backward(losses.total * (self.accumulate / len(group)))
-            self.means.add(losses)
+            self.recent.add(losses)
         if self.settings.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         self.optimizer.step()
@@ -208,8 +209,8 @@ class _Run:
         Raises:
             TrainerError: the loss is not finite.
         """
-        if self.means.count > self.means.read_count:
-            loss, parts = self.means.since_last_read()
+        if self.recent.unread:
+            loss, parts = self.recent.means()
             shown = ", ".join(f"{name} {value:.4g}" for name, value in {"loss": loss, **parts}.items())
             if not math.isfinite(loss):
                 raise TrainerError(
@@ -239,7 +240,7 @@ class _Run:
         self.look()
         self._save("last")
         self.accelerator.wait_for_everyone()
-        loss, losses = self.means.of_the_pass(self.accelerator)
+        loss, losses = self.recent.means(self.accelerator)
         return TrainResult(
             steps=self.step,
             epochs=self.epoch,
@@ -266,43 +267,26 @@ class _Run:
             save(self.settings.distiller, Path(self.settings.output_dir) / name)
 
 
-class _Means:
-    """Means of the losses, summed on their device so that nothing waits for it until they are read."""
+class _Recent:
+    """The losses of the last batches. They stay on their device, so that nothing waits for it until they are read."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.sums: Tensor | float = 0.0  # [1 + parts] after the first batch
-        self.pass_sums: Tensor | float = 0.0
-        self.read_sums: list[float] = []
-        self.count = self.pass_count = self.read_count = 0
+        self.values: deque[Tensor] = deque(maxlen=_RECENT)  # each [1 + parts]
+        self.unread = False
 
     def add(self, losses: Losses) -> None:
-        """Count one batch."""
-        values = torch.stack([losses.total.detach(), *losses.parts.values()])
-        values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)  # mps has no float64
+        """Those of one batch more."""
         self.names = list(losses.parts)
-        self.sums = self.sums + values
-        self.count += 1
+        self.values.append(torch.stack([losses.total.detach(), *losses.parts.values()]).float())
+        self.unread = True
 
-    def begin_pass(self) -> None:
-        """From here on counts for `of_the_pass`."""
-        self.pass_sums, self.pass_count = self.sums, self.count
-
-    def since_last_read(self) -> tuple[float, dict[str, float]]:
-        """Total and parts, as means over the batches that no earlier call has told of."""
-        assert isinstance(self.sums, Tensor)
-        sums, before = self.sums.tolist(), self.read_sums or [0.0] * len(self.sums)
-        count = self.count - self.read_count
-        self.read_sums, self.read_count = sums, self.count
-        return self._named([(now - then) / count for now, then in zip(sums, before, strict=True)])
-
-    def of_the_pass(self, accelerator: Accelerator) -> tuple[float, dict[str, float]]:
-        """Total and parts, as means over all batches and processes."""
-        means = (self.sums - self.pass_sums) / (self.count - self.pass_count)
-        return self._named(accelerator.reduce(means, "mean").tolist())
-
-    def _named(self, values: list[float]) -> tuple[float, dict[str, float]]:
-        return values[0], dict(zip(self.names, values[1:], strict=True))
+    def means(self, accelerator: Accelerator | None = None) -> tuple[float, dict[str, float]]:
+        """Total and parts, as means over the last batches: of all processes, if they all ask and give the accelerator."""
+        self.unread = False
+        means = torch.stack(list(self.values)).mean(0)
+        total, *parts = (means if accelerator is None else accelerator.reduce(means, "mean")).tolist()
+        return total, dict(zip(self.names, parts, strict=True))
 
 
 @contextlib.contextmanager

@@ -151,7 +151,7 @@ def test_in_place_a_write_after_the_look_up_is_an_error_not_another_value():
         model(x)
     with torch.no_grad():
         captured["lin"]["output"].mul_(2)
-    with pytest.raises(CaptureError, match="changed in place.*after it was looked up"):
+    with pytest.raises(CaptureError, match=r"changed in place.*after it was looked up"):
         captured["lin"]["output"]
 
 

@@ -315,7 +315,7 @@ def test_generation_of_an_encoder_and_a_decoder():
     with Capture(model, ["decoder.block.0", "encoder.block.1", "encoder.final_layer_norm"]) as captured:
         model.generate(ids, max_new_tokens=4, do_sample=False)
         assert captured["decoder.block.0"]["output"].shape[0] == 2
-        with pytest.raises(CaptureError, match="encoder.block.1.*never called in this forward"):
+        with pytest.raises(CaptureError, match=r"encoder.block.1.*never called in this forward"):
             captured["encoder.block.1"]["output"]
         for _ in range(2):  # the encoder alone is a forward as well
             out = model.encoder(input_ids=ids).last_hidden_state
