@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -13,6 +14,14 @@ from torch.utils.data import DataLoader
 from hookdistill import Distiller, Evaluation, HeldOutLosses, Match, StudentMetric, Trainer, TrainerError
 from hookdistill.evaluation import Measurement, measure, save
 from pairs import hooks, mlps, points, same, state
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate's state is one for the process; a test that makes an Accelerator must not decide for the next."""
+    yield
+    AcceleratorState._reset_state()
+
 
 MATCHES = [Match("head", "head", loss="kl", name="logits"), Match("second", "second", name="hidden", weight=0.5)]
 
@@ -202,6 +211,11 @@ def test_an_unknown_metric_is_an_error_that_lists_the_known_ones():
 def test_which_of_two_measurements_is_better(name, higher, value, beats):
     before = Measurement(step=1, epoch=1, metrics={name: 0.5})
     assert Measurement(step=2, epoch=1, metrics={name: value}).beats(before, name, higher=higher) is beats
+
+
+def test_the_first_measurement_is_the_best_so_far_unless_it_is_nan():
+    assert Measurement(step=0, epoch=0, metrics={"a": -1.0}).beats(None, "a", higher=None)
+    assert not Measurement(step=0, epoch=0, metrics={"a": math.nan}).beats(None, "a", higher=None)
 
 
 def test_nothing_is_left_on_the_models():

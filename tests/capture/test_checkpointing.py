@@ -81,6 +81,20 @@ def test_non_reentrant_recomputation_neither_overwrites_nor_appends():
             assert captured["blocks.1.up"][key] is before["blocks.1.up"][key]
 
 
+def test_non_reentrant_recomputation_while_the_forward_still_runs():
+    class Forces(Deep):
+        def forward(self, x: Tensor) -> Tensor:
+            energy = super().forward(x)
+            (force,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+            return force
+
+    model = Forces(False)
+    with Capture(model, ["blocks.0.up", "blocks.1.up@*"]) as captured:
+        model(rows().requires_grad_())
+    assert captured["blocks.0.up"]["output"].shape == (4, 12)
+    assert len(captured["blocks.1.up"]["output@*"]) == 1
+
+
 def test_non_reentrant_whole_model_in_one_checkpoint():
     model = Deep(None)
     torch.manual_seed(3)
