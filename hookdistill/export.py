@@ -13,6 +13,7 @@ from torch import nn
 from .paths import unwrap
 
 WEIGHTS = "model.safetensors"
+_ALL_WEIGHTS = "model*.safetensors*"
 
 
 def save_student(student: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -41,10 +42,12 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[Path], object]) -
     folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=target))
     try:
         write(folder)
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                final = target / file.relative_to(folder)
-                final.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(final)
+        written = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+        for file in written:
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).replace(target / file)
+        if any(file.match(_ALL_WEIGHTS) for file in written):
+            for stale in {file.relative_to(target) for file in target.glob(_ALL_WEIGHTS)} - {*written}:
+                (target / stale).unlink()  # shards of an earlier, larger student do not belong to this one
     finally:
         shutil.rmtree(folder, ignore_errors=True)

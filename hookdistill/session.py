@@ -25,7 +25,7 @@ from .diagnosis import in_reentrant_checkpoint, is_running, outermost_running, r
 from .errors import CaptureError, listing
 from .paths import CallWrapper, Found, forward_signature, module_paths, unwrap
 from .selection import Parameters, select_input, select_output
-from .slots import Slot, keep
+from .slots import Slot, keep, twin_of
 
 _graph_task_id = torch._C._current_graph_task_id
 _thread_id = threading.get_ident
@@ -115,10 +115,14 @@ class Session:
         if not is_dynamo_compiling():
             # A checkpoint around the whole model has turned gradients off before the model could see them.
             self.grad = self.grad or in_reentrant_checkpoint()
+            # Nearly always each hook stands last already, and this is all that is asked.
             for hook in self.hooks:
-                hook.prepare(module)
+                line, number = hook.own
+                if hook.late or hook.watching or next(reversed(line), None) != number:
+                    hook.prepare(module)
             for root in self.roots.values():
-                root.prepare()
+                if next(reversed(root.line), None) != root.number:
+                    root.prepare()
 
     def end(self, *, failed: bool = False) -> None:
         """The outermost forward is over."""
@@ -151,9 +155,14 @@ class Session:
             self.state, self.partial = "complete", call
 
     def satisfied(self) -> None:
-        """A slot needs no further call; ends the forward if it was the last and the capture wants that."""
+        """A slot needs no further call."""
         self.remaining -= 1
-        if self.stop and not self.remaining and not is_dynamo_compiling() and _may_stop(self):
+        if self.stop:
+            self.maybe_stop()
+
+    def maybe_stop(self) -> None:
+        """End the forward if no slot needs a further call."""
+        if not self.remaining and not is_dynamo_compiling() and _may_stop(self):
             raise Stop(self)
 
     def value(self, slot: Slot) -> Tensor | list[Tensor]:
@@ -300,10 +309,11 @@ class _Root:
         self.begins = module.register_forward_pre_hook(_ForwardBegins(session))
         self.ends = module.register_forward_hook(_ForwardEnds(session), always_call=True)
         self.line: Any = module._forward_hooks
+        self.number = self.ends.id
 
     def prepare(self) -> None:
-        if _overtaken(self.line, self.ends.id, self.session):
-            self.line.move_to_end(self.ends.id)
+        if _overtaken(self.line, self.number, self.session):
+            self.line.move_to_end(self.number)
 
     def remove(self) -> None:
         self.begins.remove()
@@ -356,6 +366,7 @@ class _Hook(_Guarded):
         self.handles: list[tuple[RemovableHandle, Any]] = []
         self.module = self.slots[0].found.module
         self.late = False
+        self.watching = 0
         try:
             self.place(self.module)
         except RuntimeError as error:  # a ScriptModule takes no hooks
@@ -438,17 +449,22 @@ class _OutputHook(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         session = self.session
-        # What hears() would find out, without the calls: this runs at every captured module of every forward.
-        if not session.depth or is_dynamo_compiling():
-            if not self.hears():
-                return
-        elif _thread_id() != session.recorded_thread or _graph_task_id() != -1:
-            return
         slot = self.only
-        if slot is not None and not slot.calls and type(output) is Tensor and (_is_grad_enabled() or not session.grad):
-            slot.calls = 1
-            slot.kept = keep(output)
-            session.satisfied()
+        if session.depth and not is_dynamo_compiling():
+            # What hears(), offer() and keep() do, without the calls: this runs at every captured module of every forward.
+            if _thread_id() != session.recorded_thread or _graph_task_id() != -1:
+                return
+            if slot is not None and not slot.calls and type(output) is Tensor and (_is_grad_enabled() or not session.grad):
+                slot.calls = 1
+                try:
+                    slot.kept = (output, None, twin_of(output))
+                except RuntimeError:
+                    slot.kept = keep(output)
+                session.remaining -= 1
+                if session.stop:
+                    session.maybe_stop()
+                return
+        elif not self.hears():
             return
         for slot in self.slots:
             self.offer(slot, partial(select_output, output, slot.address.selector))
@@ -477,7 +493,6 @@ class _AttentionHook(_Hook):
 
     def place(self, module: nn.Module) -> None:
         self.recorder = AttentionRecorder()
-        self.watching = 0
         before = module.register_forward_pre_hook(_Starts(self.session, self))
         after = module.register_forward_hook(self, always_call=True)
         self.handles = [(before, module._forward_pre_hooks), (after, module._forward_hooks)]

@@ -14,7 +14,7 @@ from .errors import CaptureError
 from .paths import Found
 
 # Copy-on-write on Apple's GPUs is said to be unsafe (pytorch #150569): a plain copy there.
-_twin_of: Callable[[Tensor], Tensor] = torch.clone if torch.backends.mps.is_available() else torch._lazy_clone
+twin_of: Callable[[Tensor], Tensor] = torch.clone if torch.backends.mps.is_available() else torch._lazy_clone
 _address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]  # unlike data_ptr() it forces no copy
 
 Kept = tuple[Tensor, int | None, Tensor | None]
@@ -32,7 +32,7 @@ def keep(tensor: Tensor) -> Kept:
         return tensor.clone(), None, None  # part of the graph, where a copy that nothing needs is fused away
     if type(tensor) is Tensor:
         try:
-            return tensor, None, _twin_of(tensor)
+            return tensor, None, twin_of(tensor)
         except RuntimeError:  # sparse, nested, memory that torch did not allocate itself (numpy, shared), functorch wrappers
             pass
     if tensor.is_inference():
@@ -71,7 +71,7 @@ class Slot:
     ``kept`` is the tensor, or the last few where the call counts from the end, or all of them for ``@*``.
     """
 
-    __slots__ = ("address", "asked", "calls", "detach", "failure", "found", "gradless", "kept", "plain")
+    __slots__ = ("address", "asked", "calls", "detach", "failure", "found", "gradless", "kept", "plain", "several")
 
     def __init__(self, found: Found, address: Address, *, detach: bool) -> None:
         self.found = found
@@ -79,6 +79,8 @@ class Slot:
         self.detach = detach
         # The usual case has a short way through the hook: the bare output, no call index, not detached.
         self.plain = address.selector.word == "output" and not address.selector.steps and address.call is None and not detach
+        call = address.call
+        self.several = call == "*" or (call is not None and call < 0)
         self.reset()
 
     def reset(self) -> None:
@@ -88,10 +90,9 @@ class Slot:
         self.asked = False
         self.gradless = False
         """Made under the no_grad of a reentrant checkpoint, whose own outputs get their gradient only later."""
-        call = self.address.call
         self.kept: Kept | deque[Kept] | None = None
-        if call == "*" or (call is not None and call < 0):
-            self.kept = deque(maxlen=None if call == "*" else -call)
+        if self.several:
+            self.kept = deque(maxlen=None if self.address.call == "*" else -int(self.address.call))  # type: ignore[arg-type]
 
     def offer(self, take: Callable[[], Tensor]) -> bool:
         """Count one call of the module and keep its tensor if it is the one; whether the slot needs no further call."""
