@@ -54,6 +54,9 @@ class Session:
         self.from_model = False
         self.hooks: list[_Hook] = []
         self.roots: dict[int, _Root] = {}
+        self.newest_hook = -1
+        self.unsettled = False
+        """A hook stood too early in the last forward, or may have been left watching."""
         self.here = threading.local()  # what a compiled hook can ask instead of the thread's number
         self.record()
 
@@ -82,7 +85,8 @@ class Session:
         """Take every hook off."""
         _open.discard(self)
         for slot in self.slots:
-            slot.failure = slot.failure or replaced(self.model, slot.found)
+            if slot.failure is None and (became := replaced(self.model, slot.found)):
+                slot.fail(became)
         for hook in self.hooks:
             hook.remove()
         for root in self.roots.values():
@@ -111,18 +115,23 @@ class Session:
         self.remaining = len(self.slots)
         self.grad = _is_grad_enabled()
         for slot in self.slots:
-            slot.reset()
+            slot.calls, slot.kept = 0, None
+            if slot.marked:
+                slot.reset()
         if not is_dynamo_compiling():
             # A checkpoint around the whole model has turned gradients off before the model could see them.
             self.grad = self.grad or in_reentrant_checkpoint()
-            # Nearly always each hook stands last already, and this is all that is asked.
-            for hook in self.hooks:
-                line, number = hook.own
-                if hook.late or hook.watching or next(reversed(line), None) != number:
-                    hook.prepare(module)
-            for root in self.roots.values():
-                if next(reversed(root.line), None) != root.number:
-                    root.prepare()
+            if self.unsettled or self.newest_hook != RemovableHandle.next_id:
+                self.prepare(module)
+
+    def prepare(self, module: nn.Module) -> None:
+        """Move our hooks behind those that were placed since; torch numbers hooks, so nearly always there is nothing to do."""
+        for hook in self.hooks:
+            hook.prepare(module)
+        for root in self.roots.values():
+            root.prepare()
+        self.newest_hook = RemovableHandle.next_id
+        self.unsettled = any(hook.late or isinstance(hook, _AttentionHook) for hook in self.hooks)
 
     def end(self, *, failed: bool = False) -> None:
         """The outermost forward is over."""
@@ -171,12 +180,12 @@ class Session:
         Raises:
             CaptureError: it gave nothing, or nothing that can be handed over truthfully.
         """
-        slot.asked = True
+        slot.asked = slot.marked = True
         self.check(slot)
         return slot.value(running=self.state == "running")
 
     def check(self, slot: Slot) -> None:
-        """Raise if the last forward gave nothing for ``slot``."""
+        """Raise if the last forward did not come to ``slot``."""
         if self.state == "cleared":
             raise CaptureError(f"capture {slot.name!r}: the tensors of the last forward were cleared.")
         if self.state == "failed":
@@ -192,7 +201,6 @@ class Session:
                 raise CaptureError(f"capture {slot.name!r}: the module has not run yet in this forward.")
             cause: str = slot.failure or why_never_called(self.model, slot.found, self.thread)
             raise CaptureError(f"capture {slot.name!r}: {cause}")
-        slot.check()
 
     def check_complete(self) -> None:
         """Raise for a tensor that the last forward did not produce and that nobody has asked for since."""
@@ -200,6 +208,7 @@ class Session:
             for slot in self.slots:
                 if not slot.asked:
                     self.check(slot)
+                    slot.check()
 
 
 _open: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -366,7 +375,6 @@ class _Hook(_Guarded):
         self.handles: list[tuple[RemovableHandle, Any]] = []
         self.module = self.slots[0].found.module
         self.late = False
-        self.watching = 0
         try:
             self.place(self.module)
         except RuntimeError as error:  # a ScriptModule takes no hooks
@@ -403,6 +411,7 @@ class _Hook(_Guarded):
         session = self.session
         if session.grad and not slot.detach and not _is_grad_enabled() and not is_dynamo_compiling():
             slot.gradless = slot.gradless or in_reentrant_checkpoint()
+            slot.marked = slot.marked or slot.gradless
         if slot.offer(take):
             session.satisfied()
 
@@ -437,7 +446,7 @@ class _Hook(_Guarded):
     def fail(self) -> None:
         for slot in self.slots:
             slot.calls += 1
-            slot.failure = _OVERTAKEN
+            slot.fail(_OVERTAKEN)
 
 
 class _OutputHook(_Hook):
@@ -454,7 +463,7 @@ class _OutputHook(_Hook):
             # What hears(), offer() and keep() do, without the calls: this runs at every captured module of every forward.
             if _thread_id() != session.recorded_thread or _graph_task_id() != -1:
                 return
-            if slot is not None and not slot.calls and type(output) is Tensor and (_is_grad_enabled() or not session.grad):
+            if slot is not None and not slot.calls and type(output) is Tensor and (not session.grad or _is_grad_enabled()):
                 slot.calls = 1
                 try:
                     slot.kept = (output, None, twin_of(output))
@@ -493,6 +502,7 @@ class _AttentionHook(_Hook):
 
     def place(self, module: nn.Module) -> None:
         self.recorder = AttentionRecorder()
+        self.watching = 0
         before = module.register_forward_pre_hook(_Starts(self.session, self))
         after = module.register_forward_hook(self, always_call=True)
         self.handles = [(before, module._forward_pre_hooks), (after, module._forward_hooks)]

@@ -71,7 +71,7 @@ class Slot:
     ``kept`` is the tensor, or the last few where the call counts from the end, or all of them for ``@*``.
     """
 
-    __slots__ = ("address", "asked", "calls", "detach", "failure", "found", "gradless", "kept", "plain", "several")
+    __slots__ = ("address", "asked", "calls", "detach", "failure", "found", "gradless", "kept", "marked", "plain", "several")
 
     def __init__(self, found: Found, address: Address, *, detach: bool) -> None:
         self.found = found
@@ -84,7 +84,8 @@ class Slot:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the last forward."""
+        """Forget the last forward. `Session.begin` does the usual part of this itself, where the slot is not ``marked``."""
+        self.marked = self.several
         self.calls = 0
         self.failure: str | None = None
         self.asked = False
@@ -93,6 +94,10 @@ class Slot:
         self.kept: Kept | deque[Kept] | None = None
         if self.several:
             self.kept = deque(maxlen=None if self.address.call == "*" else -int(self.address.call))  # type: ignore[arg-type]
+
+    def fail(self, why: str) -> None:
+        """Nothing true can be handed over of this forward."""
+        self.failure, self.marked = why, True
 
     def offer(self, take: Callable[[], Tensor]) -> bool:
         """Count one call of the module and keep its tensor if it is the one; whether the slot needs no further call."""
@@ -106,7 +111,7 @@ class Slot:
         try:
             tensor = take()
         except CaptureError as error:
-            self.failure = str(error)
+            self.fail(str(error))
             return True
         kept = keep(tensor.detach() if self.detach else tensor)
         if isinstance(self.kept, deque):
