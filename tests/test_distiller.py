@@ -696,3 +696,42 @@ def test_a_match_error_in_a_later_batch_names_its_entry():
     with pytest.raises(MatchError, match="hidden"):
         distiller({"input_ids": tokens()["input_ids"]})
     assert torch.isfinite(distiller(tokens()).total)
+
+
+# Early exit
+
+
+def llama_for_language(layers):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("match", "runs"),
+    [
+        (Match("model.layers.2", "model.layers.1"), {"model.layers.3": False, "lm_head": False}),
+        (Match("model.layers.2:attention", "model.layers.1:attention", loss="kl"), {"model.layers.3": False, "lm_head": False}),
+        (Match("model.norm", "model.norm"), {"model.layers.3": True, "lm_head": False}),
+        (Match(":logits", ":logits", loss="kl"), {"model.layers.3": True, "lm_head": True}),
+    ],
+    ids=["layer", "attention", "norm", "logits"],
+)
+def test_the_teacher_computes_nothing_that_no_loss_needs(match, runs):
+    teacher, student = llama_for_language(4), llama_for_language(2)
+    ids = torch.arange(1, 13).reshape(2, 6)
+    distiller = Distiller(teacher, student, [match], example_batch={"input_ids": ids})
+    ran = dict.fromkeys(runs, False)
+    for path in runs:
+        teacher.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: ran.__setitem__(path, True))
+    distiller({"input_ids": ids}).total.backward()
+    assert ran == runs
+
+
+def test_a_compiled_teacher_runs_to_its_end_and_gives_the_same():
+    teacher, student = mlps()
+    batch = points()
+    expected = Distiller(teacher, student, [Match("first", "first")])(batch).total
+    compiled = torch.compile(teacher, backend="eager")
+    torch.testing.assert_close(Distiller(compiled, student, [Match("first", "first")])(batch).total, expected)

@@ -145,6 +145,14 @@ def test_in_place_nothing_is_copied_unless_somebody_writes():
     assert captured._session.slots[0].kept[2] is None  # and goes with the first look-up
 
 
+def test_in_place_a_kernel_that_asks_for_the_address_of_a_looked_up_tensor_copies_nothing():
+    model, x = Then(lambda h: h * 2), torch.randn(3, 4)
+    with Capture(model, "lin") as captured:
+        model(x)
+    before = torch._C._data_address(captured._session.slots[0].kept[0])
+    assert captured["lin"]["output"].data_ptr() == before  # as a compiled or Triton kernel asks; a twin would be copied now
+
+
 def test_in_place_a_write_after_the_look_up_is_an_error_not_another_value():
     model, x = Then(lambda h: h), torch.randn(3, 4)
     with Capture(model, "lin") as captured:
