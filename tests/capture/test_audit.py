@@ -89,8 +89,6 @@ GRADS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
 }
-# Compiling takes seconds for each mode; these have one of every kind of layer that the others have.
-COMPILED = {"bert", "in place", "encoder"}
 
 
 @cache
@@ -220,7 +218,7 @@ def test_audit(name, how):
     assert errors == []  # none of these cells is one of those that may refuse
 
 
-@pytest.mark.parametrize("name", sorted(COMPILED))
+@pytest.mark.parametrize("name", MODELS)
 def test_audit_compiled(name):
     model = model_of(name)
     compiled = torch.compile(model, backend="aot_eager")
