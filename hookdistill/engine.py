@@ -149,6 +149,8 @@ class DistillationLoss(nn.Module):
             return adapted
         if not isinstance(term.adapter, str) or not _adapts(term, student, other):
             return student
+        if student.shape == other.shape and term.adapter not in ("linear", "conv"):
+            return student  # the usual step: nothing to bridge
         fitted = fit_adapter(term.adapter, student, other, dim=_feature_dim(term, other))
         if fitted is None:
             return student

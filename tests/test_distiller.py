@@ -330,8 +330,9 @@ def test_the_first_batch_may_come_under_no_grad():
     teacher, student = mlps()
     distiller = Distiller(teacher, student, hidden())
     with torch.no_grad():
-        distiller(points())
+        assert not distiller(points()).total.requires_grad
     distiller(points()).total.backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in student.parameters())
 
 
 def test_adapters_made_under_inference_mode_can_be_trained():

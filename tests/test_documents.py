@@ -52,6 +52,12 @@ def test_code_blocks_run(page, capsys):
         if "DistillationLoss" in block:
             names["matches"] = [hookdistill.Match("encoder.layer.3", "encoder.layer.0", mask="attention_mask")]
         exec(compile(block, str(page), "exec"), names)
+    if "losses" in names:
+        assert names["losses"].total.isfinite()
+    if "captured" in names:
+        attention = names["captured"]["encoder.layer.0.attention"]["attention"]
+        torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+    assert {"losses", "captured"} & names.keys()
 
 
 def test_the_first_screen_is_sentence_commands_code_and_table():
