@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .addresses import Address, parse
+from .attention import AttentionCall
 from .batches import BatchAdaptor, BatchKey, Inputs, check_fits, contents, given_inputs, has_item, model_inputs
 from .capture import Captured
-from .engine import DistillationLoss, Losses, Shares, Step, in_match
+from .engine import DistillationLoss, Losses, Passing, Shares, Step, in_match
 from .errors import AddressError, BatchError, HookDistillError, MatchError, listing
 from .export import save_student
 from .matches import Match, as_matches
@@ -147,13 +148,13 @@ class Distiller(nn.Module):
             self._recorders.close()
             self._recorders = None
 
-    def _receive(self, losses: Step, teacher: str | None, address: Address, tensor: Tensor) -> bool:
+    def _receive(self, losses: Step, teacher: str | None, address: Address, value: Tensor | AttentionCall) -> bool:
         """Compute what waits for this tensor of a teacher, if that can be done at once."""
         names = self.loss.streams.get((teacher, address))
         if names is None:
             return False
-        captures: Any = {address.path: {address.key: tensor}}
-        losses.offer(names, captures if teacher is None else {teacher: captures})
+        passing = Passing(address, value)
+        losses.offer(names, passing if teacher is None else {teacher: passing})
         return True
 
     def _dry_run(self, batch: Any, *, make_adapters: bool) -> Plan:
@@ -282,7 +283,7 @@ class _Run:
         """Run the student."""
         return self._run(self.recorders.student, self.inputs.student.to(self.home))
 
-    def teachers(self, receive: Callable[[str | None, Address, Tensor], bool] | None = None) -> Any:
+    def teachers(self, receive: Callable[[str | None, Address, Tensor | AttentionCall], bool] | None = None) -> Any:
         """Run the teachers: their captures, by name where they have one. ``receive`` is offered each tensor first."""
         captures = {}
         for name, recorder in self.recorders.teachers.items():

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .addresses import Address
+from .attention import AttentionCall
 from .batches import Inputs
 from .capture import Capture, Captured
 from .paths import is_compiled
 from .slots import Slot
 
-Receiver = Callable[[Address, Tensor], bool]
-"""Gets a tensor as soon as its module returns, and says whether it is done with it."""
+Receiver = Callable[[Address, Tensor | AttentionCall], bool]
+"""Gets a tensor, or what a map is made of, as soon as its module returns, and says whether it is done with it."""
 
 
 class Recorder:
@@ -31,7 +32,7 @@ class Recorder:
         self.capture = Capture(model, addresses, stop=stop and not counted_from_the_end and not compiled)
         self.receiver: Receiver | None = None
         self.given: list[Slot] = []
-        self.captured = self.capture.open(self._offered if hands_over and not compiled else None)
+        self.captured = self.capture.open(self._offered if hands_over and not compiled else None, keeps_calls=True)
         self.capture.pause()
 
     def run(self, inputs: Inputs, *, whole: bool = False, receiver: Receiver | None = None) -> Captured:
@@ -54,8 +55,8 @@ class Recorder:
             self.given.clear()
         return self.captured
 
-    def _offered(self, slot: Slot, tensor: Tensor) -> bool:
-        taken = self.receiver is not None and self.receiver(slot.address, tensor)
+    def _offered(self, slot: Slot, value: Tensor | AttentionCall) -> bool:
+        taken = self.receiver is not None and self.receiver(slot.address, value)
         if taken:
             self.given.append(slot)
         return taken

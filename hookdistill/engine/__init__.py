@@ -4,6 +4,7 @@ from .blame import in_match as in_match
 from .fast import IMPLEMENTATIONS as IMPLEMENTATIONS
 from .fast import Choice as Choice
 from .lookup import Captures as Captures
+from .lookup import Passing as Passing
 from .stage import DistillationLoss as DistillationLoss
 from .step import Losses as Losses
 from .step import Shares as Shares

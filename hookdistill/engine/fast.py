@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..attention import AttentionCall, hidden_at
 from ..errors import MatchError
+from ..fused.attention import AttentionTask, Heads, Kind, attention_losses
 from ..fused.compiler import compiled_block, compiler_available
 from ..fused.forms import FORMS
-from ..fused.rows import RowLosses, RowTask, RowTerm, block_losses, run_rows
+from ..fused.rows import RowTask, RowTerm, block_losses, run_rows
 from ..losses.reduction import fit_mask
 from ..losses.registry import LossSpec, registered_losses
 
@@ -36,6 +39,18 @@ class Choice:
 
     def __str__(self) -> str:
         return f"{self.implementation} ({self.reason})" if self.reason else self.implementation
+
+
+Task = RowTask | AttentionTask
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """The values of a task's terms, their weighted sum, and the gradient of that by tensors of the student."""
+
+    values: Sequence[Tensor]
+    total: Tensor
+    slopes: Sequence[tuple[Tensor, Tensor]]
 
 
 def row_term(
@@ -89,6 +104,63 @@ def row_term(
     return term, dim
 
 
+def attention_task(
+    spec: LossSpec,
+    word: str,
+    student: AttentionCall,
+    teacher: AttentionCall,
+    arguments: Mapping[str, Any],
+    coefficient: float | Tensor,
+) -> AttentionTask | str:
+    """The loss between two attentions from their queries and keys; or why their maps are needed.
+
+    Args:
+        word: the selector, ``attention`` or ``attention_scores``.
+    """
+    kinds: dict[str, Kind] = {"attention_kl": "kl", "attention_mse": "mse" if word == "attention" else "scores mse"}
+    kind = kinds.get(spec.name)
+    if kind is None or spec.function is not registered_losses()[spec.name].function or (kind == "kl" and word != "attention"):
+        return "no form without a map"
+    if arguments.get("reduction", "mean") not in ("mean", "sum"):
+        return f"reduction={arguments['reduction']!r}"
+    sides = []
+    for call in (student, teacher):
+        mask, tensors = call.mask, (call.query, call.key)
+        if call.scores is not None or call.score_mod is not None or call.mask_mod is not None:
+            return "the attention makes its own map"
+        if mask is not None and (mask.requires_grad or type(mask) is not Tensor or mask.ndim > 4):
+            return "kind of mask"
+        if reason := next(filter(None, map(_unusual, tensors)), None):
+            return reason
+        if call.query.ndim != 4 or call.key.ndim != 4 or call.query.device != student.query.device:
+            return "shapes"
+        sides.append(
+            Heads(
+                query=call.query,
+                key=call.key,
+                mask=mask,
+                is_causal=call.is_causal,
+                scale=call.scale,
+                never=hidden_at(call),
+            )
+        )
+    shapes = [(side.query.shape[:3], side.key.shape[2]) for side in sides]
+    mask = arguments.get("mask")
+    batch, _, queries, _ = student.query.shape
+    keys = student.key.shape[2]
+    valid = None
+    if mask is not None:
+        fits = (batch, queries) if queries == keys else None, (batch, queries, keys), (*shapes[0][0], keys)
+        if mask.shape not in fits:
+            return "arguments"
+        valid = mask if mask.dtype is torch.bool else mask != 0
+        valid = valid.unsqueeze(1) if valid.ndim == 3 else valid
+    if shapes[0] != shapes[1]:
+        return "shapes"
+    mean = arguments.get("reduction", "mean") == "mean"
+    return AttentionTask(kind=kind, student=sides[0], teacher=sides[1], valid=valid, mean=mean, coefficient=coefficient)
+
+
 def _labels(labels: Tensor, valid: Tensor | None, ignored: int, shift: bool) -> tuple[Tensor, Tensor]:
     """Labels without those that do not count, which become class 0, and the positions that do.
 
@@ -119,25 +191,37 @@ def inactive(impl: str) -> str | None:
     return "inside a function transform" if torch._C._are_functorch_transforms_active() else None
 
 
-def choose(task: RowTask, impl: str) -> Choice:
+def choose(task: Task, impl: str) -> Choice:
     """What computes a task.
 
     Raises:
         MatchError: ``impl`` asks for what is not there.
     """
-    size = task.student.numel()
     if impl == "triton":
         raise MatchError("impl='triton' needs tensors on a CUDA device")
+    if isinstance(task, AttentionTask):
+        return Choice("chunked", "no map")
     if not compiler_available():
         return Choice("chunked", "no C++ compiler found")
-    if impl == "compiled" or size >= COMPILED_FROM:
+    if impl == "compiled" or task.student.numel() >= COMPILED_FROM:
         return Choice("compiled", "")
     return Choice("chunked", "small")
 
 
-def run(task: RowTask, choice: Choice, *, gradient: bool) -> RowLosses:
+def run(task: Task, choice: Choice, *, gradient: bool) -> Computed:
     """Compute a task. Without gradients, as in an evaluation, nothing is worth a compilation of its own."""
-    with torch.no_grad(), torch.autocast(task.student.device.type, enabled=False):
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if isinstance(task, AttentionTask):
+            attention = attention_losses(task, gradient=gradient)
+            slopes = ((task.student.query, attention.query), (task.student.key, attention.key))
+            return Computed([attention.value], attention.total, [(to, slope) for to, slope in slopes if slope is not None])
         if choice.implementation == "compiled" and gradient:
-            return run_rows(task, compiled_block, most=COMPILED_CHUNK, gradient=gradient)
-        return run_rows(task, block_losses, most=CHUNK, gradient=gradient)
+            rows = run_rows(task, compiled_block, most=COMPILED_CHUNK, gradient=gradient)
+        else:
+            rows = run_rows(task, block_losses, most=CHUNK, gradient=gradient)
+        task.terms.clear()  # and with them the teacher's tensors
+        found = [] if rows.gradient is None else [(task.student, rows.gradient)]
+        return Computed(list(rows.values.unbind()), rows.total, found)

@@ -274,7 +274,7 @@ def _row_weights(task: RowTask, cut: _Cut, dtype: torch.dtype) -> tuple[list[Ten
             found[key] = len(weights)
             if term.valid is None:
                 share = 1 / max(math.prod(positions), 1) if term.mean else 1.0
-                shares = torch.full((1,), share, dtype=dtype, device=student.device).expand(positions)
+                shares = torch.full((), share, dtype=dtype, device=student.device).expand(positions)
             else:
                 counted = term.valid.to(dtype)
                 shares = counted / counted.sum().clamp_min(1) if term.mean else counted
