@@ -154,8 +154,7 @@ class Distiller(nn.Module):
         if names is None:
             return False
         passing = Passing(address, value)
-        losses.offer(names, passing if teacher is None else {teacher: passing})
-        return True
+        return losses.offer(names, passing if teacher is None else {teacher: passing})
 
     def _dry_run(self, batch: Any, *, make_adapters: bool) -> Plan:
         opened_here, adapters = self._recorders is None, set(self.adapters)

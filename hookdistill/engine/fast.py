@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,8 @@ from ..errors import MatchError
 from ..fused.attention import AttentionTask, Heads, Kind, attention_losses
 from ..fused.compiler import compiled_block, compiler_available
 from ..fused.forms import FORMS
-from ..fused.rows import RowTask, RowTerm, block_losses, run_rows
+from ..fused.rows import RowLosses, RowTask, RowTerm, block_losses, run_rows
+from ..kernels.availability import unavailable, unsuited
 from ..losses.reduction import fit_mask
 from ..losses.registry import LossSpec, registered_losses
 
@@ -28,6 +29,11 @@ CHUNK = 1 << 18
 """Elements of a block of the uncompiled forms: a megabyte in float32, which stays in the cache between operations."""
 COMPILED_CHUNK = 1 << 22
 """The same for compiled ones, which make few passes; it bounds what the compiler may buffer."""
+TOGETHER_BELOW = 8 << 20
+"""Bytes of a student tensor below which its terms wait for those of others: launching a kernel takes longer than it runs."""
+
+Masks = dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]]
+"""Masks as they were given and as they fit positions, by id and positions: terms with the same mask share what is counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +60,12 @@ class Computed:
 
 
 def row_term(
-    spec: LossSpec, student: Tensor, other: Tensor, arguments: Mapping[str, Any], coefficient: float | Tensor
+    spec: LossSpec,
+    student: Tensor,
+    other: Tensor,
+    arguments: Mapping[str, Any],
+    coefficient: float | Tensor,
+    masks: Masks,
 ) -> tuple[RowTerm, int] | str:
     """The term in closed form and the dimension of its features or classes; or why it has none.
 
@@ -84,7 +95,7 @@ def row_term(
     if other.shape != (torch.Size(positions) if labels else student.shape) or (labels and other.is_floating_point()):
         return "probabilities as target" if labels and other.shape == student.shape else "shapes"
     mask = arguments.get("mask")
-    valid = None if mask is None else fit_mask(mask, positions)
+    valid = None if mask is None else _fitted(mask, positions, masks)
     if labels:
         if not positions:
             return "shapes"
@@ -161,6 +172,13 @@ def attention_task(
     return AttentionTask(kind=kind, student=sides[0], teacher=sides[1], valid=valid, mean=mean, coefficient=coefficient)
 
 
+def _fitted(mask: Any, positions: Sequence[int], masks: Masks) -> Tensor:
+    key = (id(mask), tuple(positions))
+    if key not in masks:
+        masks[key] = (mask, fit_mask(mask, positions))
+    return masks[key][1]
+
+
 def _labels(labels: Tensor, valid: Tensor | None, ignored: int, shift: bool) -> tuple[Tensor, Tensor]:
     """Labels without those that do not count, which become class 0, and the positions that do.
 
@@ -197,23 +215,28 @@ def choose(task: Task, impl: str) -> Choice:
     Raises:
         MatchError: ``impl`` asks for what is not there.
     """
-    if impl == "triton":
-        raise MatchError("impl='triton' needs tensors on a CUDA device")
+    device = task.student.device if isinstance(task, RowTask) else task.student.query.device
+    kernels = impl == "triton" or (impl == "auto" and device.type == "cuda")
+    missing = unavailable(device) if kernels else None
+    if impl == "triton" and missing is not None:
+        raise MatchError(f"impl='triton' {missing}")
     if isinstance(task, AttentionTask):
         return Choice("chunked", "no map")
+    if missing is not None:
+        return Choice("chunked", f"Triton {missing}")
+    reason = unsuited(task) if kernels else None
+    if kernels and reason is None:
+        return Choice("triton", "interpreted" if device.type == "cpu" else "")
     if not compiler_available():
         return Choice("chunked", "no C++ compiler found")
     if impl == "compiled" or task.student.numel() >= COMPILED_FROM:
-        return Choice("compiled", "")
-    return Choice("chunked", "small")
+        return Choice("compiled", reason or "")
+    return Choice("chunked", reason or "small")
 
 
 def run(task: Task, choice: Choice, *, gradient: bool) -> Computed:
     """Compute a task. Without gradients, as in an evaluation, nothing is worth a compilation of its own."""
-    with torch.no_grad(), contextlib.ExitStack() as stack:
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+    with _plainly():
         if isinstance(task, AttentionTask):
             attention = attention_losses(task, gradient=gradient)
             slopes = ((task.student.query, attention.query), (task.student.key, attention.key))
@@ -222,6 +245,34 @@ def run(task: Task, choice: Choice, *, gradient: bool) -> Computed:
             rows = run_rows(task, compiled_block, most=COMPILED_CHUNK, gradient=gradient)
         else:
             rows = run_rows(task, block_losses, most=CHUNK, gradient=gradient)
-        task.terms.clear()  # and with them the teacher's tensors
-        found = [] if rows.gradient is None else [(task.student, rows.gradient)]
-        return Computed(list(rows.values.unbind()), rows.total, found)
+        return _computed(task, rows)
+
+
+def waits(student: Tensor, impl: str) -> bool:
+    """Whether the terms of a student tensor had better wait for those of others, to be launched with them."""
+    asked = impl == "triton" or (impl == "auto" and student.device.type == "cuda")
+    return asked and student.numel() * student.itemsize < TOGETHER_BELOW and unavailable(student.device) is None
+
+
+def run_together(tasks: Sequence[RowTask], *, gradient: bool) -> list[Computed]:
+    """Compute tasks for which `choose` says Triton."""
+    from ..kernels.rows import run_rows_triton
+
+    with _plainly():
+        return [_computed(*each) for each in zip(tasks, run_rows_triton(tasks, gradient=gradient), strict=True)]
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """Without gradients and autocast."""
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _computed(task: RowTask, rows: RowLosses) -> Computed:
+    task.terms.clear()  # and with them the teacher's tensors
+    found = [] if rows.gradient is None else [(task.student, rows.gradient)]
+    return Computed(list(rows.values.unbind()), rows.total, found)

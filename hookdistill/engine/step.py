@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +23,8 @@ from ..fused.rows import RowTask, RowTerm
 from ..matches import Match
 from . import fast
 from .blame import at_step, in_match
-from .fast import Choice, Task
-from .lookup import Captures, attention_call, captures_of, sourced
+from .fast import Choice, Computed, Task
+from .lookup import Captures, attention_call, captured, captures_of, sourced
 from .terms import Compared, adapted, check_trains, compared, eager_value, options, trainable
 from .total import attach
 
@@ -93,11 +93,13 @@ class Step:
         self._open = dict.fromkeys(terms)
         self._waiting = Counter(term.student_address for term in terms.values())
         self._groups: dict[Address, dict[tuple[int, int], _Group]] = {}
+        self._masks: fast.Masks = {}
+        self._together: list[tuple[RowTask, Sequence[_Call], Choice]] = []
         self._done: list[_Call] = []
         self._slopes: list[tuple[Tensor, Tensor]] = []
         self._eager: list[tuple[_Call, Tensor, Tensor]] = []
         self._values: dict[str, Tensor] = {}
-        self._total: Tensor | None = None
+        self._totals: list[Tensor] = []
 
     def take(self, name: str, teacher_captures: Any) -> None:
         """Compute an entry, or line it up, now that all it compares is there.
@@ -108,18 +110,23 @@ class Step:
         with in_match(name):
             self._take(name, teacher_captures)
 
-    def offer(self, names: Sequence[str], teacher_captures: Any) -> None:
+    def offer(self, names: Sequence[str], teacher_captures: Any) -> bool:
         """Compute entries in the middle of the teacher's forward, which may overwrite its tensors as soon as this returns.
 
-        Each must be one of those that `Streams` found.
+        Each must be one of those that `Streams` found. Returns whether they were taken: what is better launched together with
+        others waits for the end.
 
         Raises:
             MatchError: as `take` does.
         """
+        if all(map(self._waits, names)):
+            return False
         with self._outside.restored():
             for name in names:
                 with in_match(name):
                     self._take(name, teacher_captures, transient=True)
+            self._run_together()
+        return True
 
     def finish(self, teacher_captures: Any) -> Losses:
         """Take the entries that are left, and give the losses of all.
@@ -129,7 +136,8 @@ class Step:
         """
         for name in list(self._open):
             self.take(name, teacher_captures)
-        total = self._total
+        self._run_together()
+        total = _sum(self._totals)
         if self._slopes:
             assert total is not None
             tensors, gradients = zip(*self._slopes, strict=True)
@@ -192,7 +200,7 @@ class Step:
             return reason
         if torch.is_grad_enabled() and not student.requires_grad:
             return "no gradient"  # which the eager path refuses
-        return fast.row_term(call.term.spec, student, other, call.arguments, call.weight)
+        return fast.row_term(call.term.spec, student, other, call.arguments, call.weight, self._masks)
 
     def _weight(self, name: str, term: Match) -> float | Tensor:
         return at_step("weight", term.weight, self.step) * self.shares.get(name, 1.0)
@@ -202,13 +210,40 @@ class Step:
 
     def _run(self, task: Task, calls: Sequence[_Call]) -> None:
         choice = fast.choose(task, self.impl)
-        result = fast.run(task, choice, gradient=torch.is_grad_enabled())
+        if choice.implementation == "triton" and isinstance(task, RowTask):
+            self._together.append((task, calls, choice))
+        else:
+            self._ran(calls, choice, fast.run(task, choice, gradient=torch.is_grad_enabled()))
+
+    def _run_together(self) -> None:
+        """Launch what waits."""
+        waiting, self._together = self._together, []
+        if waiting:
+            results = fast.run_together([task for task, _, _ in waiting], gradient=torch.is_grad_enabled())
+            for (_, calls, choice), result in zip(waiting, results, strict=True):
+                self._ran(calls, choice, result)
+
+    def _waits(self, name: str) -> bool:
+        address = self.terms[name].student_address
+        if attention_call(self.student_captures, address) is not None:
+            return False
+        with in_match(name):
+            return fast.waits(captured(self.student_captures, address, "student"), self.impl)
+
+    def _ran(self, calls: Sequence[_Call], choice: Choice, result: Computed) -> None:
         for call, value in zip(calls, result.values, strict=True):
             self.choices[call.name] = choice
             self._values[call.name] = value
-        self._total = result.total if self._total is None else self._total + result.total
+        self._totals.append(result.total)
         self._slopes += [(tensor, slope) for tensor, slope in result.slopes if tensor.requires_grad]
         self._done += calls
+
+
+def _sum(totals: Sequence[Tensor]) -> Tensor | None:
+    """In two launches where there are many on one device."""
+    if len({total.device for total in totals}) == 1 and len(totals) > 2:
+        return torch.stack(list(totals)).sum()
+    return reduce(torch.add, totals) if totals else None
 
 
 class _Outside:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.availability import unavailable
+
 Again = Callable[[], tuple[Tensor, Sequence[Tensor]]]
 """The same total by the eager definition, for gradients of gradients, and the tensors that it depends on."""
 
@@ -43,6 +45,10 @@ def scale(gradients: Sequence[Tensor], factor: Tensor, *, in_place: bool) -> Seq
 
     In place it costs nothing where the factor can be seen to be one without waiting for a device.
     """
+    if factor.device.type == "cuda" and unavailable(factor.device) is None:
+        from ..kernels.scale import scale_triton
+
+        return scale_triton(gradients, factor, in_place=in_place)
     if not in_place:
         return torch._foreach_mul(list(gradients), factor)
     if factor.device.type != "cpu" or factor.item() != 1:
