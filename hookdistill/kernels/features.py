@@ -127,7 +127,8 @@ class Blocks:
         """Blocks for rows of this width. A thread has 16 features of each tensor, or 8 where that would cost it registers."""
         each = 8 if lines and not angles else 16
         if width > WIDEST:
-            return Blocks(1, each * CHUNK // 16, math.ceil(width / (each * CHUNK // 16)), CHUNK // 512, angles)
+            chunk = each * CHUNK // 16
+            return Blocks(1, chunk, math.ceil(width / chunk), max(CHUNK // 512, 4), angles)
         whole = power_of_two(width)
         warps = min(max(whole // (32 * each), 4), 16)
         return Blocks(min(max(warps * 32 * each // whole, 1), 64), whole, 0, warps, angles)

@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Launched:
+    """What a kernel was launched with: arguments by position, constants by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Tensor | int, ...]
+    warps: int
+    constants: dict[str, Any]
+
+
+_recorders: list[list[Launched]] = []
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, warps: int, **constants: Any) -> None:
-    """Launch a kernel on the current device and stream, with arguments by position and constants by name."""
-    kernel[grid](*arguments, num_warps=warps, **constants)
+    """Launch a kernel on the current device and stream."""
+    if _recorders:
+        _recorders[-1].append(Launched(kernel, grid, arguments, warps, constants))
+    else:
+        kernel[grid](*arguments, num_warps=warps, **constants)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launched]]:
+    """Within this, launches are written down and not carried out: so they can be looked at, and compiled, without a device."""
+    _recorders.append([])
+    try:
+        yield _recorders[-1]
+    finally:
+        _recorders.pop()
