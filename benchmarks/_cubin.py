@@ -35,7 +35,7 @@ class Compiled:
     Attributes:
         spilled: bytes that a thread writes to and reads from local memory because registers were not enough.
         loads_of_16: how many load instructions read 16 bytes of global memory.
-        narrow_loads: how many read two bytes or one, which is what a row of half precision is read with where it is not aligned.
+        narrow_loads: how many read two bytes or one, as rows of half precision are read that are not aligned.
         doubles: instructions in float64.
     """
 
@@ -54,7 +54,7 @@ class Compiled:
 
 
 def compiled(launched: Launched) -> Compiled:
-    """Compile a launch as Triton would for these very arguments: addresses and numbers that are multiples of 16 are known to be."""
+    """Compile a launch as Triton would for these very arguments, of which it knows what is a multiple of 16."""
     kernel = launched.kernel
     names = kernel.arg_names[: len(launched.arguments)]
     constants = dict(launched.constants)
@@ -96,7 +96,9 @@ def _figures(name: str, warps: int, result: triton.compiler.CompiledKernel) -> C
         loads_of_16=sum(".128" in each for each in loads),
         narrow_loads=sum(".U16" in each or ".U8" in each or ".S8" in each for each in loads),
         stores_of_16=sum(each.startswith("STG") and ".128" in each for each in instructions),
-        doubles=sum(re.match(r"D(ADD|MUL|FMA|SETP)|F2F\.F64|F2F\.F32\.F64|I2F\.F64", each) is not None for each in instructions),
+        doubles=sum(
+            re.match(r"D(ADD|MUL|FMA|SETP)|F2F\.F64|F2F\.F32\.F64|I2F\.F64", each) is not None for each in instructions
+        ),
         tensor_cores=sum(re.match(r"HGMMA|HMMA", each) is not None for each in instructions),
         instructions=sum(each != "NOP" for each in instructions),
     )

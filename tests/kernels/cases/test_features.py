@@ -99,7 +99,8 @@ def test_channels_may_come_first(names, mask, device):
 
 
 @pytest.mark.parametrize(
-    "mask", [lambda: some(4, 1).expand(4, 6), lambda: some(1, 6).expand(4, 6), lambda: some(6, 4).t(), lambda: some(4, 12)[:, ::2]]
+    "mask",
+    [lambda: some(4, 1).expand(4, 6), lambda: some(1, 6).expand(4, 6), lambda: some(6, 4).t(), lambda: some(4, 12)[:, ::2]],
 )
 def test_any_strides_of_a_mask(mask, device):
     student, teacher = pair(4, 6, 8, device=device)

@@ -1,0 +1,22 @@
+"""The cases under Triton's interpreter. It must be asked for before Triton is imported, so that they have their own process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process runs under the interpreter already")
+def test_kernels_under_the_interpreter():
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests" / "kernels" / "cases")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
+    passed = int(done.stdout.rsplit(" passed", 1)[0].split()[-1]) if " passed" in done.stdout else 0
+    assert passed > 100 or done.stdout.count(".") > 100
