@@ -75,7 +75,7 @@ def compiled(launched: Launched) -> Compiled:
     signature |= dict.fromkeys(launched.constants, "constexpr")
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=multiples)
     target = GPUTarget("cuda", CAPABILITY, 32)
-    result = triton.compile(source, target=target, options={"num_warps": launched.warps})
+    result = triton.compile(source, target=target, options={"num_warps": launched.warps, "maxnreg": launched.registers})
     return _figures(kernel.__name__, launched.warps, result)
 
 

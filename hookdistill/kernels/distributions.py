@@ -27,8 +27,12 @@ PLACES = {
 """The losses by name, and the constant of the kernel that says where each stands."""
 BLOCK = 2048
 """Classes that a program does at a time: eight of each tensor to a thread."""
-MANY = 4
+MANY = 3
 """Terms in one launch from which on a program takes half as many, since its threads hold sums for each of them."""
+REGISTERS_ON_COLUMNS = (64, 80, 128)
+"""Of a thread, for one term in a launch, for two, and for more: the fewest that keep everything out of memory."""
+REGISTERS_ELSEWHERE = (128, 128, 168)
+"""The same where the ends of rows take code of their own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -100,7 +104,7 @@ def _launch(records: Records, piece: Piece, group: _Together, *, add: bool, grad
     )
     step, align = unit(*dtypes), _alignment(views, layout.width, unit(*dtypes))
     multiple = step if align == ON_COLUMNS else 1
-    lanes, warps = blocks(layout.width, step, len(names), align=align)
+    lanes, warps, registers = blocks(layout.width, step, len(names), align=align)
     constants = {
         "MULTIPLE": multiple,
         "S": TYPES[dtypes[0]],
@@ -117,7 +121,7 @@ def _launch(records: Records, piece: Piece, group: _Together, *, add: bool, grad
         "EXACT": interpreted(),
     }
     section = (records.table.add([(*record, *[0] * (LAUNCH - len(record)))]),)
-    return Launch(distribution_rows, (layout.rows,), section, (layout.width // multiple,), warps, constants)
+    return Launch(distribution_rows, (layout.rows,), section, (layout.width // multiple,), warps, constants, registers)
 
 
 def _alignment(views: Sequence[View], classes: int, step: int) -> int:
@@ -129,11 +133,14 @@ def _alignment(views: Sequence[View], classes: int, step: int) -> int:
     return ANYWHERE
 
 
-def blocks(classes: int, step: int, terms: int, *, align: int) -> tuple[int, int]:
-    """How many units of ``step`` classes a program does at a time, and its warps."""
+def blocks(classes: int, step: int, terms: int, *, align: int) -> tuple[int, int, int]:
+    """How many units of ``step`` classes a program does at a time, its warps, and the registers of a thread."""
+    many = terms >= MANY
     reach = classes + step - 1 if align == ON_ROWS else classes
-    block = min(max(power_of_two(reach), 32 * step), BLOCK if terms < MANY else BLOCK // 2)
-    return block // step, max(block // 256, 1)
+    block = min(max(power_of_two(reach), 32 * step), BLOCK // 2 if many else BLOCK)
+    enough = REGISTERS_ON_COLUMNS if align == ON_COLUMNS else REGISTERS_ELSEWHERE
+    registers = enough[min(terms, len(enough)) - 1]
+    return block // step, max(block // 256, 1), registers
 
 
 def _same(one: float | Tensor, other: float | Tensor) -> bool:

@@ -18,18 +18,26 @@ class Launched:
     grid: tuple[int, ...]
     arguments: tuple[Tensor | int, ...]
     warps: int
+    registers: int | None
     constants: dict[str, Any]
 
 
 _recorders: list[list[Launched]] = []
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, warps: int, **constants: Any) -> None:
-    """Launch a kernel on the current device and stream."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, warps: int, registers: int | None = None, **constants: Any
+) -> None:
+    """Launch a kernel on the current device and stream.
+
+    Args:
+        registers: how many a thread may have. Left to itself the assembler may put values into memory for the sake of a thread
+            more, which is no gain where memory is what is waited for.
+    """
     if _recorders:
-        _recorders[-1].append(Launched(kernel, grid, arguments, warps, constants))
+        _recorders[-1].append(Launched(kernel, grid, arguments, warps, registers, constants))
     else:
-        kernel[grid](*arguments, num_warps=warps, **constants)
+        kernel[grid](*arguments, num_warps=warps, maxnreg=registers, **constants)
 
 
 @contextlib.contextmanager

@@ -112,6 +112,7 @@ def _launch(records: Records, launches: Sequence[Launch], spans: Sequence[tuple[
     )
     for each in launches:
         sections = [table[start:] for start in each.sections]
-        launch(each.kernel, each.grid, *sections, table[terms:], part, *each.numbers, warps=each.warps, **each.constants)
+        arguments: tuple[Tensor | int, ...] = (*sections, table[terms:], part, *each.numbers)
+        launch(each.kernel, each.grid, *arguments, warps=each.warps, registers=each.registers, **each.constants)
     launch(sums.totals, (len(spans),), table[tasks:], table[terms:], part, values, totals, warps=8, BLOCK=SUMMED)
     return values, totals

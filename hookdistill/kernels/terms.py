@@ -54,6 +54,7 @@ class Launch:
     numbers: tuple[int, ...]
     warps: int
     constants: dict[str, Any]
+    registers: int | None = None
 
 
 @dataclass(slots=True, eq=False)
