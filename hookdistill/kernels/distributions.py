@@ -29,10 +29,12 @@ BLOCK = 2048
 """Classes that a program does at a time: eight of each tensor to a thread."""
 MANY = 3
 """Terms in one launch from which on a program takes half as many, since its threads hold sums for each of them."""
-REGISTERS_ON_COLUMNS = (64, 80, 128)
-"""Of a thread, for one term in a launch, for two, and for more: the fewest that keep everything out of memory."""
+REGISTERS_ON_COLUMNS = (64, 64, 96, 128)
+"""Of a thread, for one term in a launch, for two, and so on: the fewest that keep everything out of memory."""
 REGISTERS_ELSEWHERE = (128, 128, 168)
 """The same where the ends of rows take code of their own."""
+THREE_SWEEPS = {"js", "skew_kl", "tvd"}
+"""Losses that read rows once more, and with others take as many registers as one more would."""
 
 
 @dataclass(slots=True, eq=False)
@@ -104,7 +106,7 @@ def _launch(records: Records, piece: Piece, group: _Together, *, add: bool, grad
     )
     step, align = unit(*dtypes), _alignment(views, layout.width, unit(*dtypes))
     multiple = step if align == ON_COLUMNS else 1
-    lanes, warps, registers = blocks(layout.width, step, len(names), align=align)
+    lanes, warps, registers = blocks(layout.width, step, names, align=align)
     constants = {
         "MULTIPLE": multiple,
         "S": TYPES[dtypes[0]],
@@ -133,13 +135,14 @@ def _alignment(views: Sequence[View], classes: int, step: int) -> int:
     return ANYWHERE
 
 
-def blocks(classes: int, step: int, terms: int, *, align: int) -> tuple[int, int, int]:
+def blocks(classes: int, step: int, names: Sequence[str], *, align: int) -> tuple[int, int, int]:
     """How many units of ``step`` classes a program does at a time, its warps, and the registers of a thread."""
-    many = terms >= MANY
+    many = len(names) >= MANY
     reach = classes + step - 1 if align == ON_ROWS else classes
     block = min(max(power_of_two(reach), 32 * step), BLOCK // 2 if many else BLOCK)
     enough = REGISTERS_ON_COLUMNS if align == ON_COLUMNS else REGISTERS_ELSEWHERE
-    registers = enough[min(terms, len(enough)) - 1]
+    heavy = len(names) + (len(names) > 1 and not THREE_SWEEPS.isdisjoint(names))
+    registers = enough[min(heavy, len(enough)) - 1]
     return block // step, max(block // 256, 1), registers
 
 

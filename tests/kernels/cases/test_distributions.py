@@ -77,7 +77,7 @@ def test_labels_share_the_softmax_at_temperature_one(device):
 
 
 def test_labels_alone_smoothed_and_not(device):
-    student, _, target = pair(4, 100, device=device)
+    student, _, target = pair(2, 100, device=device)
     for smoothing in (0.0, 0.2, 1.0):
         check(RowTask(student=student, terms=[term("cross_entropy", target, constants={"label_smoothing": smoothing})]))
 
@@ -154,8 +154,8 @@ def test_huge_logits(dtype, device):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_nothing_of_a_masked_row_gets_through(poison, device):
-    student, teacher, target = pair(3, 100, device=device)
-    valid = torch.tensor([True, False, True], device=device)
+    student, teacher, target = pair(2, 100, device=device)
+    valid = torch.tensor([True, False], device=device)
     task = RowTask(student=student, terms=terms(LOGITS, teacher, target, valid=valid, temperature=2.0))
     (clean,) = computed(task)
     student[1], teacher[1], target[1] = poison, poison, 0
@@ -257,7 +257,7 @@ def test_other_teachers_temperatures_and_losses_said_twice_add_up(device):
 
 
 def test_a_gradient_sums_to_nothing_over_the_classes(device):
-    student, teacher, target = pair(3, 300, device=device)
+    student, teacher, target = pair(1, 100, device=device)
     for name in LOGITS:
         (found,) = computed(RowTask(student=student, terms=terms([name], teacher, target, temperature=2.0)))
         assert found.gradient.double().sum(-1).abs().max() < 1e-6 * found.gradient.abs().sum(-1).max(), name
@@ -272,7 +272,7 @@ def test_a_constant_added_to_logits_changes_nothing(device):
 
 
 def test_twice_gives_the_same_bits_and_without_gradients_the_same_values(device):
-    student, teacher, target = pair(3, 300, dtype=torch.bfloat16, device=device)
+    student, teacher, target = pair(2, 300, dtype=torch.bfloat16, device=device)
     task = RowTask(student=student, terms=terms(LOGITS, teacher, target, temperature=2.0))
     one, two, values_only = computed(task)[0], computed(task)[0], computed(task, gradient=False)[0]
     assert same_bits(one.gradient, two.gradient) and same_bits(one.values, two.values) and same_bits(one.total, two.total)
