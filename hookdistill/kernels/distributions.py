@@ -29,12 +29,12 @@ BLOCK = 2048
 """Classes that a program does at a time: eight of each tensor to a thread."""
 MANY = 3
 """Terms in one launch from which on a program takes half as many, since its threads hold sums for each of them."""
-REGISTERS_ON_COLUMNS = (64, 64, 96, 128)
+REGISTERS_ON_COLUMNS = (64, 64, 96, 128, 128, 168)
 """Of a thread, for one term in a launch, for two, and so on: the fewest that keep everything out of memory."""
 REGISTERS_ELSEWHERE = (128, 128, 168)
 """The same where the ends of rows take code of their own."""
-THREE_SWEEPS = {"js", "skew_kl", "tvd"}
-"""Losses that read rows once more, and with others take as many registers as one more would."""
+HEAVY = {"js", "skew_kl", "tvd", "soft_cross_entropy"}
+"""Losses that with others take as many registers as one more would."""
 
 
 @dataclass(slots=True, eq=False)
@@ -141,7 +141,7 @@ def blocks(classes: int, step: int, names: Sequence[str], *, align: int) -> tupl
     reach = classes + step - 1 if align == ON_ROWS else classes
     block = min(max(power_of_two(reach), 32 * step), BLOCK // 2 if many else BLOCK)
     enough = REGISTERS_ON_COLUMNS if align == ON_COLUMNS else REGISTERS_ELSEWHERE
-    heavy = len(names) + (len(names) > 1 and not THREE_SWEEPS.isdisjoint(names))
+    heavy = len(names) + (len(names) > 1 and not HEAVY.isdisjoint(names))
     registers = enough[min(heavy, len(enough)) - 1]
     return block // step, max(block // 256, 1), registers
 
