@@ -262,9 +262,10 @@ def reviewkd(
 
     ``student`` and ``teacher`` are the deepest stage ``[batch, channels, height, width]``; ``students`` and ``teachers`` the
     shallower ones, from deep to shallow. ``fusion`` maps the list of all student stages to as many maps of the teacher's
-    widths. Each is compared by the mean square, at full size with weight 1 and pooled to each of the ``levels`` that is smaller with
-    weights 1/2, 1/4, …, divided by the sum of the weights. The value is that of one sample; the mask is ``[batch]``. Chen et
-    al., *Distilling Knowledge via Knowledge Review*, 2021, arXiv 2104.09044, section 3; the weights are those of their code.
+    widths. Each is compared by the mean square, at full size with weight 1 and pooled to each of the ``levels`` that is
+    smaller with weights 1/2, 1/4, …, divided by the sum of the weights. The value is that of one sample; the mask is
+    ``[batch]``. Chen et al., *Distilling Knowledge via Knowledge Review*, 2021, arXiv 2104.09044, section 3; the weights are
+    those of their code.
 
     Also raises ``LossError`` for different numbers of stages.
     """

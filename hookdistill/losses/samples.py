@@ -25,7 +25,7 @@ from .features import unit_vectors
 from .reduction import Reduction, Samples, compare_samples
 from .registry import register_loss
 
-PKT_EPSILON = 1e-7  # of the authors' code
+PKT_EPSILON = 1e-7  # the least chance in a logarithm
 
 
 @register_loss("similarity_preserving", compares="relations")
@@ -64,7 +64,8 @@ def pkt(
 
     The chance is proportional to (1 + cos) / 2. Couples the batch. Passalis and Tefas, *Learning Deep Representations with
     Probabilistic Knowledge Transfer*, 2018, arXiv 1803.10837. Where the paper leaves the sample itself out (k ≠ j), the
-    authors' code keeps it, and so does this; their code divides by b once more, as it takes the mean over all b² entries.
+    authors' code keeps it, and so does this; their code divides by b once more, as it takes the mean over all b² entries,
+    and adds 1e-7 to chances in the logarithm, where this raises those below to it.
     """
 
     def value(s: Tensor, t: Tensor, valid: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def pkt(
             return affinity / affinity.sum(-1, keepdim=True).clamp_min(PKT_EPSILON)
 
         p, q = chances(t), chances(s)
-        return (p * ((p + PKT_EPSILON).log() - (q + PKT_EPSILON).log())).sum(-1)
+        return (p * (p.clamp_min(PKT_EPSILON).log() - q.clamp_min(PKT_EPSILON).log())).sum(-1)
 
     return _compare("pkt", value, student, teacher, samples, mask, reduction, dim)
 
