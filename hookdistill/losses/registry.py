@@ -70,6 +70,8 @@ def register_loss(
     if compares not in get_args(Compares):
         raise LossError(f"The loss {name!r} cannot compare {compares!r}; compares= is one of {listing(get_args(Compares))}.")
 
+    options = () if state is None else _state_options(name, state)
+
     def register(loss: AnyCallable) -> AnyCallable:
         known = _BY_NAME.get(name)
         if known is not None and not _is_redefinition(known.function, loss):
@@ -77,7 +79,6 @@ def register_loss(
                 f"The name {name!r} already stands for the loss {_describe(known.function)}; "
                 f"register {_describe(loss)} under another name."
             )
-        options = () if state is None else tuple(_keywords(state)[0])
         _BY_NAME[name] = replace(_inspect(loss), name=name, compares=compares, state=state, state_parameters=options)
         return loss
 
@@ -107,6 +108,19 @@ def loss_spec(loss: str | Callable[..., Any]) -> LossSpec:
 def registered_losses() -> dict[str, LossSpec]:
     """All losses that have a name, in order of registration; a copy."""
     return dict(_BY_NAME)
+
+
+def _state_options(name: str, state: Callable[..., nn.Module]) -> tuple[str, ...]:
+    if not callable(state) or isinstance(state, nn.Module):
+        raise LossError(
+            f"state= of the loss {name!r} is a class or function (student, teacher, **options) that makes a module; "
+            f"got {state!r}."
+        )
+    try:
+        return tuple(_keywords(state)[0])
+    except LossError as error:
+        message = str(error).replace(f"The loss {_describe(state)}", f"state= of the loss {name!r}")
+        raise LossError(message) from error
 
 
 def _is_redefinition(known: Callable[..., Any], loss: Callable[..., Any]) -> bool:

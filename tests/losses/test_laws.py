@@ -398,6 +398,69 @@ def test_normalized_mse_is_twice_cosine():
     )
 
 
+def test_activation_boundary_pulls_each_neuron_to_the_teachers_side_of_zero():
+    student = torch.tensor([2.0, 0.5, -0.5, -2.0, 0.5, -0.5])
+    teacher = torch.tensor([3.0, 0.1, 0.1, -0.1, -3.0, 0.0])
+    values = losses.activation_boundary(student.unsqueeze(-1), teacher.unsqueeze(-1), reduction="none")
+    same(values, torch.tensor([0.0, 0.25, 2.25, 0.0, 2.25, 0.25]))
+
+
+def test_activation_boundary_of_a_network_that_is_sure_costs_nothing():
+    student, _ = Case("activation_boundary").inputs(4, 3, 7)
+    sure = student.detach().sign() * (1 + student.detach().abs())
+    assert losses.activation_boundary(sure, sure) == 0
+
+
+def test_ofd_spares_what_is_below_a_target_that_is_not_positive():
+    student = torch.tensor([-3.0, -0.5, 1.0, 2.0])
+    teacher = torch.tensor([-2.0, -2.0, -2.0, 3.0])
+    values = losses.ofd(student.unsqueeze(-1), teacher.unsqueeze(-1), margin=-1.0, reduction="none")
+    same(values, torch.tensor([0.0, 0.25, 4.0, 1.0]))
+    by_channel = losses.ofd(student, teacher, margin=torch.tensor([-1.0, -1.0, -2.0, -1.0]))
+    same(by_channel, torch.tensor([0.0, 0.25, 9.0, 1.0]).mean())
+
+
+def test_the_margin_of_ofd_is_the_mean_of_the_channels_negative_values():
+    teacher = torch.tensor([[-1.0, 1.0], [-3.0, 2.0], [5.0, 3.0], [-100.0, -100.0]])
+    student, mask = torch.randn(4, 2), torch.tensor([1, 1, 1, 0])
+    same(losses.ofd(student, teacher, mask=mask), losses.ofd(student, teacher, mask=mask, margin=torch.tensor([-2.0, 0.0])))
+
+
+def test_the_margin_of_a_batch_normalisation_is_its_expected_negative_value():
+    weight, bias = torch.tensor([1.0, -2.0, 0.5, 0.1]), torch.tensor([0.0, 1.0, -1.0, 5.0])
+    draws = torch.randn(200_000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * weight + bias
+    negative = draws.clamp_max(0)
+    expected = negative.sum(0) / (negative < 0).sum(0).clamp_min(1)
+    found = losses.ofd_margin(weight, bias)
+    same(found[:3].double(), expected[:3], rtol=0.02, atol=0)
+    same(found[3], torch.tensor(-0.3))  # hardly ever negative: three deviations
+
+
+def test_margin_mse_compares_the_margins_to_the_first_candidate():
+    student, teacher = torch.tensor([[3.0, 1.0, 0.0]]), torch.tensor([[9.0, 8.0, 5.0]])
+    same(losses.margin_mse(student, teacher), torch.tensor(((2.0 - 1) ** 2 + (3.0 - 4) ** 2) / 2))
+    same(losses.margin_mse(student + 7, teacher - 3), losses.margin_mse(student, teacher))
+    with pytest.raises(LossError, match=r"\[1, 1\] has just one"):
+        losses.margin_mse(student[:, :1], teacher[:, :1])
+
+
+def test_embed_distill_is_the_distance_of_its_metric():
+    student, teacher = Case("embed_distill").inputs(4, 6)
+    same(losses.embed_distill(student, teacher), (student - teacher).norm(dim=-1).mean())
+    same(losses.embed_distill(student, teacher, metric="mse"), losses.mse(student, teacher))
+    same(losses.embed_distill(student, teacher, metric="cosine"), losses.cosine(student, teacher))
+    with pytest.raises(LossError, match="metric='l1'; it is 'l2', 'mse' or 'cosine'"):
+        losses.embed_distill(student, teacher, metric="l1")
+
+
+@pytest.mark.parametrize(
+    ("loss", "margin"), [("activation_boundary", -1.0), ("activation_boundary", float("nan")), ("ofd", torch.zeros(3))]
+)
+def test_a_margin_out_of_range_is_refused(loss, margin):
+    with pytest.raises(LossError, match=f"{loss} got a? ?margin"):
+        getattr(losses, loss)(torch.zeros(2, 5), torch.zeros(2, 5), margin=margin)
+
+
 # Distributions against torch and each other
 
 
