@@ -10,6 +10,7 @@ from torch import nn
 from ..addresses import Address
 from ..fused.forms import FORMS
 from ..matches import Match
+from .terms import teacher_inputs
 
 Streams = Mapping[tuple[str | None, Address], Sequence[str]]
 """Entries by the teacher, and the address in it, whose tensor completes all that they wait for."""
@@ -27,8 +28,9 @@ def streams(terms: Mapping[str, Match]) -> Streams:
         if term.teacher_address is not None:
             origin = (term.teacher_model, term.teacher_address)
             origins[term.student_address].add(origin)
-            if term.spec.name not in FORMS or isinstance(term.adapter, nn.Module):
+            if term.spec.name not in FORMS or isinstance(term.adapter, nn.Module) or term.further:
                 kept.add(origin)
+            kept.update((term.teacher_model, each) for each in teacher_inputs(term))
     for several in origins.values():
         if len(several) > 1:
             kept |= several

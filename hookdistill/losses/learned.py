@@ -158,7 +158,7 @@ class FactorState(nn.Module):
         self.translator = block(ours, ours, factors, factors)
 
 
-@register_loss("factor_transfer", compares="relations", state=FactorState)
+@register_loss("factor_transfer", compares="relations", per="sample", state=FactorState)
 def factor_transfer(
     student: Tensor,
     teacher: Tensor,
@@ -246,7 +246,7 @@ class ReviewState(nn.Module):
         self.fusion = Fusion(widths, [target.shape[1] for target in targets], mid or min(widths[0], 512))
 
 
-@register_loss("reviewkd", compares="relations", state=ReviewState)
+@register_loss("reviewkd", compares="relations", per="sample", state=ReviewState)
 def reviewkd(
     student: Tensor,
     teacher: Tensor,

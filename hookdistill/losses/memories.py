@@ -68,7 +68,7 @@ class CrdState(nn.Module):
         self.memory = ContrastMemory(samples, width)
 
 
-@register_loss("crd", compares="relations", state=CrdState)
+@register_loss("crd", compares="relations", per="sample", state=CrdState)
 def crd(
     student: Tensor,
     teacher: Tensor,
@@ -140,7 +140,7 @@ class QueueState(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
 
-@register_loss("queue_kl", compares="features", state=QueueState)
+@register_loss("queue_kl", compares="features", per="sample", state=QueueState)
 def queue_kl(
     student: Tensor,
     teacher: Tensor,

@@ -28,7 +28,7 @@ from .registry import register_loss
 PKT_EPSILON = 1e-7  # the least chance in a logarithm
 
 
-@register_loss("similarity_preserving", compares="relations")
+@register_loss("similarity_preserving", compares="relations", per="sample")
 def similarity_preserving(
     student: Tensor,
     teacher: Tensor,
@@ -50,7 +50,7 @@ def similarity_preserving(
     return _compare("similarity_preserving", value, student, teacher, samples, mask, reduction, dim)
 
 
-@register_loss("pkt", compares="relations")
+@register_loss("pkt", compares="relations", per="sample")
 def pkt(
     student: Tensor,
     teacher: Tensor,
@@ -80,7 +80,7 @@ def pkt(
     return _compare("pkt", value, student, teacher, samples, mask, reduction, dim)
 
 
-@register_loss("rkd_distance", compares="relations")
+@register_loss("rkd_distance", compares="relations", per="sample")
 def rkd_distance(
     student: Tensor,
     teacher: Tensor,
@@ -109,7 +109,7 @@ def rkd_distance(
     return _compare("rkd_distance", value, student, teacher, samples, mask, reduction, dim)
 
 
-@register_loss("rkd_angle", compares="relations")
+@register_loss("rkd_angle", compares="relations", per="sample")
 def rkd_angle(
     student: Tensor,
     teacher: Tensor,
@@ -141,7 +141,7 @@ def rkd_angle(
     return _compare("rkd_angle", value, student, teacher, samples, mask, reduction, dim)
 
 
-@register_loss("correlation_congruence", compares="relations")
+@register_loss("correlation_congruence", compares="relations", per="sample")
 def correlation_congruence(
     student: Tensor,
     teacher: Tensor,
@@ -181,7 +181,7 @@ def correlation_congruence(
     return _compare("correlation_congruence", value, student, teacher, samples, mask, reduction, dim)
 
 
-@register_loss("cka", compares="relations")
+@register_loss("cka", compares="relations", per="sample")
 def cka(
     student: Tensor,
     teacher: Tensor,
