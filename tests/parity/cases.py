@@ -481,8 +481,8 @@ ROWS = {"student_output_path": "m", "teacher_output_path": "m"}
     "similarity_preserving",
     "torchdistill",
     "SPKDLoss",
-    differs="rows whose absolute values sum to one (the 1 in its normalize(…, 1) is the norm's order, not the dimension), where "
-    "the paper's eq. 3 has rows of length one",
+    differs="rows whose absolute values sum to one (the 1 in its normalize(…, 1) is the norm's order, not the dimension), "
+    "where the paper's eq. 3 has rows of length one",
 )
 def _(draw: Draw) -> Computed:
     s, t = draw.pair(5, 4, teacher=(5, 6))
