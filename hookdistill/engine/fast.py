@@ -15,6 +15,7 @@ from ..errors import MatchError
 from ..fused.attention import AttentionTask, Heads, Kind, attention_losses
 from ..fused.compiler import compiled_block, compiler_available
 from ..fused.forms import FORMS
+from ..fused.head import Head, HeadTask, head_losses
 from ..fused.rows import RowTask, RowTerm, block_losses, run_rows
 from ..losses.reduction import fit_mask
 from ..losses.registry import LossSpec, registered_losses
@@ -28,6 +29,8 @@ CHUNK = 1 << 18
 """Elements of a block of the uncompiled forms: a megabyte in float32, which stays in the cache between operations."""
 COMPILED_CHUNK = 1 << 22
 """The same for compiled ones, which make few passes; it bounds what the compiler may buffer."""
+HEAD_CHUNK = 1 << 20
+"""The same within a block of logits that is in memory already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Choice:
         return f"{self.implementation} ({self.reason})" if self.reason else self.implementation
 
 
-Task = RowTask | AttentionTask
+Task = RowTask | AttentionTask | HeadTask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +57,7 @@ class Computed:
 
 
 def row_term(
-    spec: LossSpec, student: Tensor, other: Tensor, arguments: Mapping[str, Any], coefficient: float | Tensor
+    spec: LossSpec, student: Tensor | Head, other: Tensor | Head, arguments: Mapping[str, Any], coefficient: float | Tensor
 ) -> tuple[RowTerm, int] | str:
     """The term in closed form and the dimension of its features or classes; or why it has none.
 
@@ -77,17 +80,17 @@ def row_term(
         return f"reduction={arguments['reduction']!r}"
     if reason := _unusual(student) or _unusual(other):
         return reason
-    dim = int(arguments.get("dim", -1))
-    if not student.is_floating_point() or not -student.ndim <= dim < student.ndim or other.is_complex():
+    dim, rank = int(arguments.get("dim", -1)), len(student.shape)
+    if not -rank <= dim < rank or not _is_real(student, other):
         return "arguments"
-    positions = [size for number, size in enumerate(student.shape) if number != dim % student.ndim]
-    if other.shape != (torch.Size(positions) if labels else student.shape) or (labels and other.is_floating_point()):
-        return "probabilities as target" if labels and other.shape == student.shape else "shapes"
+    positions = [size for number, size in enumerate(student.shape) if number != dim % rank]
+    if labels and isinstance(other, Tensor) and other.is_floating_point():
+        return "probabilities as target"
+    if other.shape != (torch.Size(positions) if labels else student.shape) or (labels and not positions):
+        return "shapes"
     mask = arguments.get("mask")
     valid = None if mask is None else fit_mask(mask, positions)
-    if labels:
-        if not positions:
-            return "shapes"
+    if labels and isinstance(other, Tensor):
         other, valid = _labels(other, valid, int(arguments.get("ignore_index", -100)), bool(arguments.get("causal_shift")))
     temperature = arguments.get("temperature", 1.0)
     if isinstance(temperature, Tensor) and temperature.ndim:
@@ -102,6 +105,11 @@ def row_term(
         coefficient=coefficient,
     )
     return term, dim
+
+
+def _is_real(student: Tensor | Head, other: Tensor | Head) -> bool:
+    floating = isinstance(student, Head) or student.is_floating_point()
+    return floating and not (isinstance(other, Tensor) and other.is_complex())
 
 
 def attention_task(
@@ -174,7 +182,10 @@ def _labels(labels: Tensor, valid: Tensor | None, ignored: int, shift: bool) -> 
     return torch.where(valid, labels, 0).long(), valid
 
 
-def _unusual(tensor: Tensor) -> str | None:
+def _unusual(tensor: Tensor | Head) -> str | None:
+    if isinstance(tensor, Head):
+        parts = (tensor.hidden, tensor.weight, *([] if tensor.bias is None else [tensor.bias]))
+        return next(filter(None, map(_unusual, parts)), None)
     if type(tensor) not in (Tensor, nn.Parameter):
         return f"{type(tensor).__name__} instead of a plain tensor"
     if tensor.layout is not torch.strided or tensor.device.type not in ("cpu", "cuda") or tensor.is_nested:
@@ -201,11 +212,12 @@ def choose(task: Task, impl: str) -> Choice:
         raise MatchError("impl='triton' needs tensors on a CUDA device")
     if isinstance(task, AttentionTask):
         return Choice("chunked", "no map")
+    head = "head and loss in one" if isinstance(task, HeadTask) else ""
     if not compiler_available():
-        return Choice("chunked", "no C++ compiler found")
-    if impl == "compiled" or task.student.numel() >= COMPILED_FROM:
-        return Choice("compiled", "")
-    return Choice("chunked", "small")
+        return Choice("chunked", head or "no C++ compiler found")
+    if impl == "compiled" or task.student.shape.numel() >= COMPILED_FROM:
+        return Choice("compiled", head)
+    return Choice("chunked", head or "small")
 
 
 def run(task: Task, choice: Choice, *, gradient: bool) -> Computed:
@@ -218,7 +230,13 @@ def run(task: Task, choice: Choice, *, gradient: bool) -> Computed:
             attention = attention_losses(task, gradient=gradient)
             slopes = ((task.student.query, attention.query), (task.student.key, attention.key))
             return Computed([attention.value], attention.total, [(to, slope) for to, slope in slopes if slope is not None])
-        if choice.implementation == "compiled" and gradient:
+        compiled = choice.implementation == "compiled" and gradient
+        if isinstance(task, HeadTask):
+            block, most = (compiled_block, HEAD_CHUNK) if compiled else (block_losses, CHUNK)
+            head = head_losses(task, block, most=most, gradient=gradient)
+            task.terms.clear()
+            return Computed(list(head.values.unbind()), head.total, head.slopes)
+        if compiled:
             rows = run_rows(task, compiled_block, most=COMPILED_CHUNK, gradient=gradient)
         else:
             rows = run_rows(task, block_losses, most=CHUNK, gradient=gradient)

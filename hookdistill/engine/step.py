@@ -19,16 +19,18 @@ from torch import Tensor, nn
 
 from ..addresses import Address
 from ..errors import MatchError
+from ..fused.head import Head, HeadTask
 from ..fused.rows import RowTask, RowTerm
 from ..matches import Match
 from . import fast
 from .blame import at_step, in_match
 from .fast import Choice, Task
-from .lookup import Captures, attention_call, captures_of, sourced
-from .terms import Compared, adapted, check_trains, compared, eager_value, options, trainable
+from .lookup import Captures, attention_call, captures_of, head_at, sourced
+from .terms import Compared, adapted, check_head_trains, check_trains, compared, eager_value, options, trainable
 from .total import attach
 
 Shares = Mapping[str, float | Tensor]
+STUDENT = ":student"  # no name that a teacher can have
 
 
 class Losses(NamedTuple):
@@ -58,7 +60,7 @@ class _Call:
 class _Group:
     """The terms of one student tensor that are computed in one pass."""
 
-    task: RowTask
+    task: RowTask | HeadTask
     calls: list[_Call] = field(default_factory=list)
 
 
@@ -95,6 +97,7 @@ class Step:
         self._groups: dict[Address, dict[tuple[int, int], _Group]] = {}
         self._done: list[_Call] = []
         self._slopes: list[tuple[Tensor, Tensor]] = []
+        self._heads: dict[tuple[str | None, Address], Head | None] = {}
         self._eager: list[tuple[_Call, Tensor, Tensor]] = []
         self._values: dict[str, Tensor] = {}
         self._total: Tensor | None = None
@@ -145,13 +148,43 @@ class Step:
 
     def _take(self, name: str, teacher_captures: Any, *, transient: bool = False) -> None:
         term = self.terms[name]
-        if not self._take_attention(name, term, teacher_captures):
+        if not self._take_head(name, term, teacher_captures) and not self._take_attention(name, term, teacher_captures):
             self._take_tensors(name, term, compared(term, teacher_captures, self.student_captures, self.batch), transient)
         del self._open[name]
         self._waiting[term.student_address] -= 1
         if not self._waiting[term.student_address]:
             for group in self._groups.pop(term.student_address, {}).values():
                 self._run(group.task, group.calls)
+
+    def _take_head(self, name: str, term: Match, teacher_captures: Any) -> bool:
+        """Line up a loss on logits that are not made, if that is how the student's are captured."""
+        student = self._head(STUDENT, self.student_captures, term.student_address)
+        if student is None:
+            return False
+        other: Tensor | Head | None
+        if term.teacher_address is None:
+            assert term.target is not None
+            other = sourced("target", term.target, self.batch, self.student_captures).to(student.hidden.device)
+        else:
+            captures = captures_of(teacher_captures, term.teacher_model)
+            other = self._head(term.teacher_model, captures, term.teacher_address)
+        check_head_trains(term, student)
+        arguments = options(term, None, self._mask(term, student.hidden.device), self.batch, self.student_captures, self.step)
+        weight = self._weight(name, term)
+        row = "the teacher's logits are whole" if other is None else fast.row_term(term.spec, student, other, arguments, weight)
+        if isinstance(row, str):
+            raise MatchError(f"the loss cannot be computed together with the head here ({row}); use head='whole'")
+        groups = self._groups.setdefault(term.student_address, {})
+        group = groups.setdefault((id(student), -1), _Group(HeadTask(student=student)))
+        group.task.terms.append(row[0])
+        group.calls.append(_Call(name, term, None, None, arguments, weight))
+        return True
+
+    def _head(self, owner: str | None, captures: Any, address: Address) -> Head | None:
+        key = (owner, address)
+        if key not in self._heads:
+            self._heads[key] = head_at(captures, address)
+        return self._heads[key]
 
     def _take_attention(self, name: str, term: Match, teacher_captures: Any) -> bool:
         """Compute a loss between attentions without their maps, if that can be done."""
@@ -161,7 +194,7 @@ class Step:
         theirs = attention_call(captures_of(teacher_captures, term.teacher_model), term.teacher_address)
         if ours is None or theirs is None or (torch.is_grad_enabled() and not trainable(ours)):
             return False
-        arguments = options(term, None, self._mask(term), self.batch, self.student_captures, self.step)
+        arguments = options(term, None, self._mask(term, ours.query.device), self.batch, self.student_captures, self.step)
         weight = self._weight(name, term)
         word = term.student_address.selector.word
         if word != term.teacher_address.selector.word:
@@ -197,8 +230,8 @@ class Step:
     def _weight(self, name: str, term: Match) -> float | Tensor:
         return at_step("weight", term.weight, self.step) * self.shares.get(name, 1.0)
 
-    def _mask(self, term: Match) -> Tensor | None:
-        return None if term.mask is None else sourced("mask", term.mask, self.batch, self.student_captures)
+    def _mask(self, term: Match, device: torch.device) -> Tensor | None:
+        return None if term.mask is None else sourced("mask", term.mask, self.batch, self.student_captures).to(device)
 
     def _run(self, task: Task, calls: Sequence[_Call]) -> None:
         choice = fast.choose(task, self.impl)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..adapters import Adapter, feature_dim, fit_adapter
 from ..attention import AttentionCall
 from ..errors import MatchError
+from ..fused.head import Head
 from ..matches import Match
 from .blame import at_step, user_code
-from .lookup import Captures, attention_call, captured, captures_of, sourced
+from .lookup import Captures, attention_call, captured, captures_of, head_at, sourced
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,15 +49,29 @@ def compared(term: Match, teacher_captures: Any, student_captures: Captures, bat
 
 
 def sketched(term: Match, teacher_captures: Any, student_captures: Captures, batch: Any) -> Compared:
-    """`compared`, for looking at rather than computing: a map that is not made is stood for by one on the meta device."""
+    """`compared`, for looking at rather than computing: what is not made is stood for by a tensor on the meta device."""
     if term.teacher_address is not None:
         ours = attention_call(student_captures, term.student_address)
         theirs = attention_call(captures_of(teacher_captures, term.teacher_model), term.teacher_address)
         if ours is not None and theirs is not None:
-            mask = None if term.mask is None else sourced("mask", term.mask, batch, student_captures)
-            other = _map_without_values(theirs)
-            return Compared(_map_without_values(ours), other, other, mask)
+            return _sketch(term, _map_without_values(ours), _map_without_values(theirs), batch, student_captures)
+    student = head_at(student_captures, term.student_address)
+    if student is not None:
+        if term.teacher_address is None:
+            assert term.target is not None
+            other = sourced("target", term.target, batch, student_captures)
+        else:
+            teacher = head_at(captures_of(teacher_captures, term.teacher_model), term.teacher_address)
+            assert teacher is not None
+            other = torch.empty(teacher.shape, dtype=teacher.hidden.dtype, device="meta")
+        logits = torch.empty(student.shape, dtype=student.hidden.dtype, device="meta")
+        return _sketch(term, logits, other, batch, student_captures)
     return compared(term, teacher_captures, student_captures, batch)
+
+
+def _sketch(term: Match, student: Tensor, other: Tensor, batch: Any, student_captures: Captures) -> Compared:
+    mask = None if term.mask is None else sourced("mask", term.mask, batch, student_captures)
+    return Compared(student, other, other, mask)
 
 
 def _map_without_values(call: AttentionCall) -> Tensor:
@@ -71,6 +86,12 @@ def check_trains(term: Match, student: Tensor) -> None:
             f"the student tensor {str(term.student_address)!r} carries no gradient, so this term would train nothing. "
             "Its parameters may be frozen, or it was made under no_grad or by a detach; unfreeze them or drop the entry"
         )
+
+
+def check_head_trains(term: Match, head: Head) -> None:
+    """Raise unless a loss on the logits of ``head`` trains something, where gradients are on at all."""
+    parts = (head.hidden, head.weight, *([] if head.bias is None else [head.bias]))
+    check_trains(term, next((part for part in parts if part.requires_grad), head.hidden))
 
 
 def trainable(call: AttentionCall) -> bool:
