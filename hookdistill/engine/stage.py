@@ -17,7 +17,17 @@ from .lookup import Captures
 from .states import given_modules, make_state, needs_state
 from .step import Losses, Shares, Step
 from .streams import streams
-from .terms import Compared, adapted, compared, features_at, further_tensors, is_adapted, module_key, named_terms
+from .terms import (
+    Compared,
+    adapted,
+    compared,
+    features_at,
+    further_tensors,
+    is_adapted,
+    module_key,
+    named_terms,
+    sketched,
+)
 
 
 class DistillationLoss(nn.Module):
@@ -118,12 +128,12 @@ class DistillationLoss(nn.Module):
         term = self.terms[name]
         if not needs_state(term) or self.state(name) is not None:
             return
-        tensors = self.tensors(name, teacher_captures, student_captures, batch)
+        tensors = compared(term, teacher_captures, student_captures, batch)
         student = adapted(term, self.adapter(name), tensors)
         further = further_tensors(term, teacher_captures, student_captures, batch, student.device)
         arguments = {"dim": features_at(term, student), **term.loss_args, **further}
         self.loss_modules[module_key(name)] = make_state(term, student, tensors.other, arguments).train(self.training)
 
     def tensors(self, name: str, teacher_captures: Any, student_captures: Captures, batch: Any) -> Compared:
-        """What entry ``name`` compares."""
-        return compared(self.terms[name], teacher_captures, student_captures, batch)
+        """What entry ``name`` compares; maps of attention that are not made are stood for by ones without values."""
+        return sketched(self.terms[name], teacher_captures, student_captures, batch)
