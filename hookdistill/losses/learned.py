@@ -67,11 +67,12 @@ def vid(
     """Negative log-likelihood of the teacher's features under normal distributions around ``regressor(student)``.
 
     (t - μ)² / 2σ² + log σ without the constant, the mean over channels, with one σ² = softplus(``scale``) + 1e-5 per channel
-    of the teacher; so it can be negative, and equal inputs do not cost nothing. ``regressor`` maps the last dimension.
+    of the teacher; so it can be negative, and equal inputs do not cost nothing. ``regressor`` maps the last dimension. Takes
+    embeddings ``[batch, width]`` too.
     Ahn et al., *Variational Information Distillation for Knowledge Transfer*, 2019, arXiv 1904.05835, eqs. 5 and 6, which sum
     over channels and places; a mean is the authors' code.
     """
-    ours, theirs, valid = place_pair("vid", student, teacher, mask=mask, dim=dim)
+    ours, theirs, valid = place_pair("vid", student, teacher, mask=mask, dim=dim, placeless=True)
     mean = _run("regressor", regressor, ours, theirs.shape)
     variance = functional.softplus(scale.to(theirs.dtype)) + VID_EPSILON
     return reduce(0.5 * ((theirs - mean).square() / variance + variance.log()).mean(-1), valid, reduction)
