@@ -467,3 +467,33 @@ def test_two_batches_weighted_by_their_counts_are_one(loss):
         distiller(half, shares={"one": count / sum(counted)}).total for half, count in zip(halves, counted, strict=True)
     )
     torch.testing.assert_close(total.float(), whole)
+
+
+# Beside logits that are not made
+
+
+def test_a_state_made_in_the_second_dry_run_is_in_training_mode():
+    teacher, student, matches = vid()
+    logits = Match(":logits", ":logits", loss="kl", name="kl")
+    distiller = Distiller(teacher, student, [*matches, logits], head="fused")
+    assert "head" in str(distiller.plan(tokens()))
+    assert distiller.loss.loss_modules["vid"].training
+    assert distiller(tokens()).total.isfinite()
+
+
+def test_logits_that_are_an_input_elsewhere_are_made():
+    def gap(student, teacher, *, teacher_logits):
+        return (student.mean() - teacher_logits.mean()) ** 2 + 0 * teacher.sum()
+
+    teacher, student = (model.eval() for model in readers())
+    entries = [
+        Match(":logits", ":logits", loss="kl", name="kl"),
+        Match("embed", "embed", loss=gap, inputs={"teacher_logits": ":logits"}, name="gap"),
+    ]
+    with pytest.raises(MatchError, match="head='fused', but the teacher's logits .* are compared elsewhere too"):
+        Distiller(teacher, student, entries, head="fused").plan(tokens())
+    batch = tokens()
+    found = Distiller(teacher, student, entries)(batch).parts
+    ours, theirs = spelled_out(student, batch), spelled_out(teacher, batch)
+    torch.testing.assert_close(found["gap"], (ours["embed"].mean() - theirs["logits"].mean()).detach() ** 2)
+    torch.testing.assert_close(found["kl"], losses.kl(ours["logits"], theirs["logits"]).detach())

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from ..addresses import Address
 from ..errors import MatchError
 from ..fused.head import Head, HeadTask
+from ..fused.relations import RelationTask
 from ..fused.rows import RowTask, RowTerm
 from ..matches import Match
 from . import fast
 from .blame import at_step, in_match
 from .fast import Choice, Task
 from .lookup import Captures, attention_call, captures_of, head_at, sourced
-from .terms import adapted, check_head_trains, check_trains, compared, completed, eager_value, options, trainable
+from .terms import adapted, check_head_trains, check_trains, compared, eager_value, options, own_options, trainable
 from .total import attach
 
 Shares = Mapping[str, float | Tensor]
@@ -172,7 +173,7 @@ class Step:
             captures = captures_of(teacher_captures, term.teacher_model)
             other = self._head(term.teacher_model, captures, term.teacher_address)
         check_head_trains(term, student)
-        arguments = options(term, None, self._mask(term, student.hidden.device), self.batch, self.student_captures, self.step)
+        arguments = self._own_options(term, student.hidden.device)
         weight = self._weight(name, term)
         row = "the teacher's logits are whole" if other is None else fast.row_term(term.spec, student, other, arguments, weight)
         if isinstance(row, str):
@@ -197,7 +198,7 @@ class Step:
         theirs = attention_call(captures_of(teacher_captures, term.teacher_model), term.teacher_address)
         if ours is None or theirs is None or (torch.is_grad_enabled() and not trainable(ours)):
             return False
-        arguments = options(term, None, self._mask(term, ours.query.device), self.batch, self.student_captures, self.step)
+        arguments = self._own_options(term, ours.query.device)
         weight = self._weight(name, term)
         word = term.student_address.selector.word
         if word != term.teacher_address.selector.word:
@@ -209,35 +210,38 @@ class Step:
         return True
 
     def _take_tensors(self, name: str, term: Match, teacher_captures: Any, transient: bool) -> None:
-        ours, batch = self.student_captures, self.batch
-        tensors = compared(term, teacher_captures, ours, batch)
+        tensors = compared(term, teacher_captures, self.student_captures, self.batch)
         check_trains(term, tensors.student)
-        arguments = options(term, tensors.student, tensors.mask, batch, ours, self.step)
-        arguments = completed(term, arguments, teacher_captures, ours, batch, tensors.student.device, self.state(name))
+        arguments = options(term, tensors, teacher_captures, self.student_captures, self.batch, self.step, self.state(name))
         student = adapted(term, self.adapter(name), tensors)
         call = _Call(name, term, weakref.ref(student), weakref.ref(tensors.origin), arguments, self._weight(name, term))
-        row = self._row_term(call, student, tensors.other)
-        if isinstance(row, str):
-            self.choices[name] = Choice("eager", row)
+        found = self._fast_form(call, student, tensors.other)
+        if isinstance(found, str):
+            self.choices[name] = Choice("eager", found)
             self._eager.append((call, student, tensors.other.clone() if transient else tensors.other))
+        elif isinstance(found, RelationTask):
+            self._run(found, [call])
         else:
+            row, dim = found
             groups = self._groups.setdefault(term.student_address, {})
-            group = groups.setdefault((id(student), row[1]), _Group(RowTask(student=student, dim=row[1])))
-            group.task.terms.append(row[0])
+            group = groups.setdefault((id(student), dim), _Group(RowTask(student=student, dim=dim)))
+            group.task.terms.append(row)
             group.calls.append(call)
 
-    def _row_term(self, call: _Call, student: Tensor, other: Tensor) -> tuple[RowTerm, int] | str:
+    def _fast_form(self, call: _Call, student: Tensor, other: Tensor) -> tuple[RowTerm, int] | RelationTask | str:
         if reason := fast.inactive(self.impl):
             return reason
         if torch.is_grad_enabled() and not student.requires_grad:
             return "no gradient"  # which the eager path refuses
-        return fast.row_term(call.term.spec, student, other, call.arguments, call.weight)
+        form = fast.relation_task if call.term.spec.name == "relation_kl" else fast.row_term
+        return form(call.term.spec, student, other, call.arguments, call.weight)
 
     def _weight(self, name: str, term: Match) -> float | Tensor:
         return at_step("weight", term.weight, self.step) * self.shares.get(name, 1.0)
 
-    def _mask(self, term: Match, device: torch.device) -> Tensor | None:
-        return None if term.mask is None else sourced("mask", term.mask, self.batch, self.student_captures).to(device)
+    def _own_options(self, term: Match, device: torch.device) -> dict[str, Any]:
+        mask = None if term.mask is None else sourced("mask", term.mask, self.batch, self.student_captures).to(device)
+        return own_options(term, mask, self.batch, self.student_captures, self.step, device)
 
     def _run(self, task: Task, calls: Sequence[_Call]) -> None:
         choice = fast.choose(task, self.impl)

@@ -44,4 +44,4 @@ def streams(terms: Mapping[str, Match]) -> Streams:
 
 def _has_form(term: Match) -> bool:
     maps = term.spec.compares == "attention" and term.student_address.selector.word in MAP_WORDS
-    return maps or term.spec.name in FORMS
+    return maps or term.spec.name in FORMS or term.spec.name == "relation_kl"

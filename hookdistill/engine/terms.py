@@ -102,23 +102,6 @@ def trainable(call: AttentionCall) -> bool:
     return call.query.requires_grad or call.key.requires_grad
 
 
-def options(
-    term: Match, student: Tensor | None, mask: Tensor | None, batch: Any, student_captures: Captures, step: int
-) -> dict[str, Any]:
-    """The keyword arguments of the loss; ``student`` is what it is called with, or ``None`` for a map that is not made."""
-    given = dict(term.loss_args)
-    if mask is not None:
-        given["mask"] = mask
-    if term.spec.accepts_temperature:
-        given["temperature"] = at_step("temperature", term.temperature, step, lowest=0.0)
-    if "dim" in term.spec.parameters and "dim" not in given and student is not None:
-        given["dim"] = features_at(term, student)
-    if term.teacher_address is not None and term.target is not None:
-        target = sourced("target", term.target, batch, student_captures)
-        given["target"] = target if student is None else target.to(student.device)
-    return given
-
-
 def teacher_inputs(term: Match) -> list[Address]:
     """The addresses in the teacher of an entry's further inputs."""
     return [source for each in term.further for source in each.sources if isinstance(source, Address)]
@@ -137,11 +120,7 @@ def student_inputs(term: Match) -> dict[str, Source]:
 def further_tensors(
     term: Match, teacher_captures: Any, student_captures: Captures, batch: Any, device: torch.device
 ) -> dict[str, Tensor | list[Tensor]]:
-    """The further inputs of an entry by the loss's keyword, on ``device``; those of the teacher detached.
-
-    Raises:
-        HookDistillError: one of them is not there.
-    """
+    """The further inputs of an entry by the loss's keyword, on ``device``; those of the teacher detached."""
     found: dict[str, Tensor | list[Tensor]] = {}
     for each in term.further:
         tensors = []
@@ -155,22 +134,39 @@ def further_tensors(
     return found
 
 
-def completed(
+def own_options(
+    term: Match, mask: Tensor | None, batch: Any, student_captures: Captures, step: int, device: torch.device
+) -> dict[str, Any]:
+    """The keyword arguments of the loss that need neither the student's tensor nor further ones."""
+    given = dict(term.loss_args)
+    if mask is not None:
+        given["mask"] = mask
+    if term.spec.accepts_temperature:
+        given["temperature"] = at_step("temperature", term.temperature, step, lowest=0.0)
+    if term.teacher_address is not None and term.target is not None:
+        given["target"] = sourced("target", term.target, batch, student_captures).to(device)
+    return given
+
+
+def options(
     term: Match,
-    given: dict[str, Any],
+    tensors: Compared,
     teacher_captures: Any,
     student_captures: Captures,
     batch: Any,
-    device: torch.device,
+    step: int,
     state: nn.Module | None,
 ) -> dict[str, Any]:
-    """`options` with what only some losses need: further inputs, and what the loss's own module holds.
+    """The keyword arguments of the loss.
 
     Raises:
-        HookDistillError: an input is not there, or the module.
+        HookDistillError: one of its tensors is not there, or its state.
     """
-    if term.further:
-        given = {**given, **further_tensors(term, teacher_captures, student_captures, batch, device)}
+    device = tensors.student.device
+    given = own_options(term, tensors.mask, batch, student_captures, step, device)
+    given |= further_tensors(term, teacher_captures, student_captures, batch, device)
+    if "dim" in term.spec.parameters and "dim" not in given:
+        given["dim"] = features_at(term, tensors.student)
     return given if term.spec.state is None else with_state(term, given, state)
 
 
