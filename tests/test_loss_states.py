@@ -383,6 +383,13 @@ def test_relations_need_no_adapter_for_other_widths():
         assert distiller(points()).total.requires_grad
 
 
+def test_relations_get_the_adapter_that_is_asked_for():
+    teacher, student = mlps(8, 6)
+    distiller = Distiller(teacher, student, [Match("second", "second", loss="cka", adapter="linear")])
+    distiller.plan(points())
+    assert len(distiller.adapters) == 1
+
+
 # A loss of one's own with parameters
 
 
@@ -490,7 +497,7 @@ def test_logits_that_are_an_input_elsewhere_are_made():
         Match(":logits", ":logits", loss="kl", name="kl"),
         Match("embed", "embed", loss=gap, inputs={"teacher_logits": ":logits"}, name="gap"),
     ]
-    with pytest.raises(MatchError, match="head='fused', but the teacher's logits .* are compared elsewhere too"):
+    with pytest.raises(MatchError, match=r"head='fused', but the teacher's logits .* are compared elsewhere too"):
         Distiller(teacher, student, entries, head="fused").plan(tokens())
     batch = tokens()
     found = Distiller(teacher, student, entries)(batch).parts

@@ -155,7 +155,7 @@ def queue_kl(
     Student and teacher are ``[batch, width]``; ``queue`` is ``[size, width]``, whose zero rows are empty places. Similarities
     are cosines divided by ``tau`` (on the teacher's side by ``teacher_tau``, where given) under a softmax; there is no factor
     tau². Given ``position``, the teacher's embeddings of this batch replace the oldest in the queue. Couples the batch. Fang
-    et al., *SEED: Self-supervised Distillation for Visual Representation*, 2021, arXiv 2101.04731, eqs. 4 to 6, which is the
+    et al., *SEED: Self-supervised Distillation for Visual Representation*, 2021, arXiv 2101.04731, which is the
     cross-entropy, has the sample's own teacher embedding among the candidates rather than those of the batch, and takes 0.2
     and 0.01 as temperatures.
 

@@ -416,7 +416,7 @@ def _(draw: Draw) -> Computed:
     "attention_transfer",
     "KD_Lib",
     "ATLoss",
-    differs="it does not sum over channels, so what it compares is no attention map; the paper's eq. 1 sums",
+    differs="it does not sum over channels, so what it compares is no attention map; the paper's maps are such sums",
 )
 def _(draw: Draw) -> Computed:
     s, t = draw.pair(3, 4, 3, 3)
@@ -427,7 +427,7 @@ def _(draw: Draw) -> Computed:
     "nst",
     "TextBrewer",
     "mmd_loss",
-    differs="a variant for text: the square difference of token-by-token products of two layers; the paper's eq. 6 is the "
+    differs="a variant for text: the square difference of token-by-token products of two layers; the paper's is the "
     "discrepancy of two sets of channels",
 )
 def _(draw: Draw) -> Computed:
@@ -482,7 +482,7 @@ ROWS = {"student_output_path": "m", "teacher_output_path": "m"}
     "torchdistill",
     "SPKDLoss",
     differs="rows whose absolute values sum to one (the 1 in its normalize(…, 1) is the norm's order, not the dimension), "
-    "where the paper's eq. 3 has rows of length one",
+    "where the paper's rows have length one",
 )
 def _(draw: Draw) -> Computed:
     s, t = draw.pair(5, 4, teacher=(5, 6))
