@@ -415,6 +415,19 @@ def test_a_loss_of_ones_own_with_a_state():
     assert (made.gate.grad != 0).all()
 
 
+def test_what_a_state_takes_the_loss_gets_from_the_state():
+    class Learned(nn.Module):
+        def __init__(self, student, teacher, *, gate=0.0):
+            super().__init__()
+            self.gate, self.count = nn.Parameter(torch.tensor(gate)), 0
+
+    hookdistill.register_loss("gated", compares="features", state=Learned)(gated)
+    distiller = Distiller(*mlps(), [Match("first", "first", loss="gated", gate=3.0, name="g")], example_batch=points())
+    distiller(points()).total.backward()
+    assert distiller.loss.loss_modules["g"].gate == 3
+    assert distiller.loss.loss_modules["g"].gate.grad != 0
+
+
 def test_a_state_that_lacks_what_the_loss_requires_is_named():
     hookdistill.register_loss("gated", compares="features", state=lambda student, teacher: nn.Linear(2, 2))(gated)
     distiller = Distiller(*mlps(), [Match("first", "first", loss="gated")])
