@@ -315,6 +315,11 @@ class _Guarded:
         return (_Inert, ())
 
 
+def is_own(hook: Any) -> bool:
+    """Whether a hook on a module is one of a capture's, which change nothing."""
+    return isinstance(hook, (_Guarded, _Inert))
+
+
 def _overtaken(line: Mapping[int, Any], own: int, session: Session | None = None) -> bool:
     """Whether a hook that is not ours stands behind hook ``own`` in ``line``, so that it may change what ``own`` has seen.
 

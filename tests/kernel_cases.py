@@ -79,7 +79,9 @@ def defined(task: RowTask, dtype: torch.dtype | None = None) -> tuple[Tensor, Te
     values, total = [], 0.0
     for each in task.terms:
         other = each.other if not each.other.is_floating_point() else each.other.to(dtype or each.other.dtype)
-        heat = {"temperature": _float(each.temperature)} if each.form.family == "distributions" else {}
+        heat: dict[str, Any] = {}
+        if each.form.family == "distributions":
+            heat = {"temperature": _float(each.temperature), "vocabulary": "padded" if each.padded else "shared"}
         value = getattr(losses, each.form.name)(
             student,
             other,

@@ -11,7 +11,8 @@ from ..addresses import Address, parse
 from ..attention import MAP_WORDS, AttentionCall, map_of
 from ..batches import contents, has_item, pick
 from ..errors import AddressError, BatchError, MatchError, listing
-from ..matches import Source
+from ..fused.head import Head
+from ..inputs import Source
 from .blame import user_code
 
 Captures = Mapping[str, Mapping[str, Tensor]]
@@ -60,11 +61,20 @@ def attention_call(captures: Any, address: Address) -> AttentionCall | None:
     return None if ask is None or address.selector.word not in MAP_WORDS else ask(address.path, address.key)
 
 
+def head_at(captures: Any, address: Address) -> Head | None:
+    """The head that makes the logits at ``address``, where the captures hold that rather than the logits."""
+    ask = getattr(captures, "head", None)
+    return None if ask is None else ask(address)
+
+
 class Passing(Mapping[str, Mapping[str, Any]]):
     """The captures of a teacher that still runs: the one tensor that comes by."""
 
-    def __init__(self, address: Address, value: Tensor | AttentionCall) -> None:
+    def __init__(self, address: Address, value: Tensor | AttentionCall | Head) -> None:
         self.address, self.value = address, value
+
+    def head(self, address: Address) -> Head | None:
+        return self.value if isinstance(self.value, Head) else None
 
     def attention_call(self, layer: str, output: str) -> AttentionCall | None:
         return self.value if isinstance(self.value, AttentionCall) else None

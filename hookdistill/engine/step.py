@@ -19,16 +19,20 @@ from torch import Tensor, nn
 
 from ..addresses import Address
 from ..errors import MatchError
+from ..fused.forms import FORMS
+from ..fused.head import Head, HeadTask
+from ..fused.relations import RelationTask
 from ..fused.rows import RowTask, RowTerm
 from ..matches import Match
 from . import fast
 from .blame import at_step, in_match
 from .fast import Choice, Computed, Task
-from .lookup import Captures, attention_call, captured, captures_of, sourced
-from .terms import Compared, adapted, check_trains, compared, eager_value, options, trainable
+from .lookup import Captures, attention_call, captured, captures_of, head_at, sourced
+from .terms import adapted, check_head_trains, check_trains, compared, eager_value, options, own_options, trainable
 from .total import attach
 
 Shares = Mapping[str, float | Tensor]
+STUDENT = ":student"  # no name that a teacher can have
 
 
 class Losses(NamedTuple):
@@ -58,7 +62,7 @@ class _Call:
 class _Group:
     """The terms of one student tensor that are computed in one pass."""
 
-    task: RowTask
+    task: RowTask | HeadTask
     calls: list[_Call] = field(default_factory=list)
 
 
@@ -69,7 +73,8 @@ class Step:
         terms: the entries by name.
         adapter: gives the adapter of an entry.
         student_captures: ``{layer: {output: tensor}}``, complete.
-        batch: where masks and targets are looked up.
+        batch: where masks, targets and further inputs are looked up.
+        state: gives the module of an entry whose loss has one.
         step: what schedules are asked for.
         shares: a factor on the weight of entries, by name.
         impl: see `DistillationLoss`.
@@ -82,10 +87,12 @@ class Step:
         student_captures: Captures,
         batch: Any,
         *,
+        state: Callable[[str], nn.Module | None],
         step: int = 0,
         shares: Shares | None = None,
         impl: str = "auto",
     ) -> None:
+        self.state = state
         self.terms, self.adapter, self.student_captures, self.batch = terms, adapter, student_captures, batch
         self.step, self.shares, self.impl = step, shares or {}, impl
         self.choices: dict[str, Choice] = {}
@@ -97,6 +104,7 @@ class Step:
         self._together: list[tuple[RowTask, Sequence[_Call], Choice]] = []
         self._done: list[_Call] = []
         self._slopes: list[tuple[Tensor, Tensor]] = []
+        self._heads: dict[tuple[str | None, Address], Head | None] = {}
         self._eager: list[tuple[_Call, Tensor, Tensor]] = []
         self._values: dict[str, Tensor] = {}
         self._totals: list[Tensor] = []
@@ -153,23 +161,55 @@ class Step:
 
     def _take(self, name: str, teacher_captures: Any, *, transient: bool = False) -> None:
         term = self.terms[name]
-        if not self._take_attention(name, term, teacher_captures):
-            self._take_tensors(name, term, compared(term, teacher_captures, self.student_captures, self.batch), transient)
+        if not self._take_head(name, term, teacher_captures) and not self._take_attention(name, term, teacher_captures):
+            self._take_tensors(name, term, teacher_captures, transient)
         del self._open[name]
         self._waiting[term.student_address] -= 1
         if not self._waiting[term.student_address]:
             for group in self._groups.pop(term.student_address, {}).values():
                 self._run(group.task, group.calls)
 
+    def _take_head(self, name: str, term: Match, teacher_captures: Any) -> bool:
+        """Line up a loss on logits that are not made, if that is how the student's are captured."""
+        student = self._head(STUDENT, self.student_captures, term.student_address)
+        if student is None:
+            return False
+        other: Tensor | Head | None
+        if term.teacher_address is None:
+            assert term.target is not None
+            other = sourced("target", term.target, self.batch, self.student_captures).to(student.hidden.device)
+        else:
+            captures = captures_of(teacher_captures, term.teacher_model)
+            other = self._head(term.teacher_model, captures, term.teacher_address)
+        check_head_trains(term, student)
+        arguments = self._own_options(term, student.hidden.device)
+        weight = self._weight(name, term)
+        row: tuple[RowTerm, int] | str = "the teacher's logits are whole"
+        if other is not None:
+            row = fast.row_term(term.spec, student, other, arguments, weight, self._masks)
+        if isinstance(row, str):
+            raise MatchError(f"the loss cannot be computed together with the head here ({row}); use head='whole'")
+        groups = self._groups.setdefault(term.student_address, {})
+        group = groups.setdefault((id(student), -1), _Group(HeadTask(student=student)))
+        group.task.terms.append(row[0])
+        group.calls.append(_Call(name, term, None, None, arguments, weight))
+        return True
+
+    def _head(self, owner: str | None, captures: Any, address: Address) -> Head | None:
+        key = (owner, address)
+        if key not in self._heads:
+            self._heads[key] = head_at(captures, address)
+        return self._heads[key]
+
     def _take_attention(self, name: str, term: Match, teacher_captures: Any) -> bool:
         """Compute a loss between attentions without their maps, if that can be done."""
-        if term.teacher_address is None or fast.inactive(self.impl):
+        if term.teacher_address is None or term.further or fast.inactive(self.impl):
             return False
         ours = attention_call(self.student_captures, term.student_address)
         theirs = attention_call(captures_of(teacher_captures, term.teacher_model), term.teacher_address)
         if ours is None or theirs is None or (torch.is_grad_enabled() and not trainable(ours)):
             return False
-        arguments = options(term, None, self._mask(term), self.batch, self.student_captures, self.step)
+        arguments = self._own_options(term, ours.query.device)
         weight = self._weight(name, term)
         word = term.student_address.selector.word
         if word != term.teacher_address.selector.word:
@@ -180,33 +220,40 @@ class Step:
         self._run(task, [_Call(name, term, None, None, arguments, weight)])
         return True
 
-    def _take_tensors(self, name: str, term: Match, tensors: Compared, transient: bool) -> None:
+    def _take_tensors(self, name: str, term: Match, teacher_captures: Any, transient: bool) -> None:
+        tensors = compared(term, teacher_captures, self.student_captures, self.batch)
         check_trains(term, tensors.student)
-        arguments = options(term, tensors.student, tensors.mask, self.batch, self.student_captures, self.step)
+        arguments = options(term, tensors, teacher_captures, self.student_captures, self.batch, self.step, self.state(name))
         student = adapted(term, self.adapter(name), tensors)
         call = _Call(name, term, weakref.ref(student), weakref.ref(tensors.origin), arguments, self._weight(name, term))
-        row = self._row_term(call, student, tensors.other)
-        if isinstance(row, str):
-            self.choices[name] = Choice("eager", row)
+        found = self._fast_form(call, student, tensors.other)
+        if isinstance(found, str):
+            self.choices[name] = Choice("eager", found)
             self._eager.append((call, student, tensors.other.clone() if transient else tensors.other))
+        elif isinstance(found, RelationTask):
+            self._run(found, [call])
         else:
+            row, dim = found
             groups = self._groups.setdefault(term.student_address, {})
-            group = groups.setdefault((id(student), row[1]), _Group(RowTask(student=student, dim=row[1])))
-            group.task.terms.append(row[0])
+            group = groups.setdefault((id(student), dim), _Group(RowTask(student=student, dim=dim)))
+            group.task.terms.append(row)
             group.calls.append(call)
 
-    def _row_term(self, call: _Call, student: Tensor, other: Tensor) -> tuple[RowTerm, int] | str:
+    def _fast_form(self, call: _Call, student: Tensor, other: Tensor) -> tuple[RowTerm, int] | RelationTask | str:
         if reason := fast.inactive(self.impl):
             return reason
         if torch.is_grad_enabled() and not student.requires_grad:
             return "no gradient"  # which the eager path refuses
+        if call.term.spec.name == "relation_kl":
+            return fast.relation_task(call.term.spec, student, other, call.arguments, call.weight)
         return fast.row_term(call.term.spec, student, other, call.arguments, call.weight, self._masks)
 
     def _weight(self, name: str, term: Match) -> float | Tensor:
         return at_step("weight", term.weight, self.step) * self.shares.get(name, 1.0)
 
-    def _mask(self, term: Match) -> Tensor | None:
-        return None if term.mask is None else sourced("mask", term.mask, self.batch, self.student_captures)
+    def _own_options(self, term: Match, device: torch.device) -> dict[str, Any]:
+        mask = None if term.mask is None else sourced("mask", term.mask, self.batch, self.student_captures).to(device)
+        return own_options(term, mask, self.batch, self.student_captures, self.step, device)
 
     def _run(self, task: Task, calls: Sequence[_Call]) -> None:
         choice = fast.choose(task, self.impl)
@@ -225,7 +272,8 @@ class Step:
 
     def _waits(self, name: str) -> bool:
         address = self.terms[name].student_address
-        if attention_call(self.student_captures, address) is not None:
+        whole = self._head(STUDENT, self.student_captures, address) is None
+        if not whole or self.terms[name].spec.name not in FORMS:
             return False
         with in_match(name):
             return fast.waits(captured(self.student_captures, address, "student"), self.impl)

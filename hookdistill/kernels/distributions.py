@@ -39,26 +39,33 @@ HEAVY = {"js", "skew_kl", "tvd", "soft_cross_entropy"}
 
 @dataclass(slots=True, eq=False)
 class _Together:
-    """Terms of one launch: one teacher, one temperature, and each loss once. ``teacher`` is ``None`` if there are labels
-    only."""
+    """Terms of one launch: one teacher, one temperature, and each loss once. ``teacher`` is ``None`` if there are labels only.
 
-    teacher: Tensor | None
-    temperature: float | Tensor
+    ``ours`` and ``theirs`` are the classes in which student and teacher are compared; the student has ``width``.
+    """
+
+    width: int
+    ours: int
+    theirs: int
+    teacher: Tensor | None = None
+    temperature: float | Tensor = 1.0
     terms: dict[str, Numbered] = field(default_factory=dict)
 
-    def accepts(self, term: RowTerm) -> bool:
-        """Whether a term can go along."""
+    def accepts(self, term: RowTerm, ours: int, theirs: int) -> bool:
+        """Whether a term that compares so many classes can go along."""
         if term.form.name in self.terms:
             return False
         if term.form.family == "labels":
-            return True
+            return self.ours == self.width
         if self.teacher is None:
-            return not self.terms or set(self.terms) == {"cross_entropy"}
-        return self.teacher is term.other and _same(self.temperature, term.temperature)
+            return not self.terms or ours == self.width
+        alike = (self.ours, self.theirs) == (ours, theirs)
+        return alike and self.teacher is term.other and _same(self.temperature, term.temperature)
 
-    def add(self, numbered: Numbered) -> None:
+    def add(self, numbered: Numbered, ours: int, theirs: int) -> None:
         if numbered.term.form.family != "labels":
             self.teacher, self.temperature = numbered.term.other, numbered.term.temperature
+            self.ours, self.theirs = ours, theirs
         self.terms[numbered.term.form.name] = numbered
 
 
@@ -69,11 +76,15 @@ def plan(records: Records, piece: Piece, *, gradient: bool) -> list[Launch]:
     add to the gradient of the first.
     """
     groups: list[_Together] = []
+    width = piece.layout.width
     for each in piece.terms:
-        group = next((group for group in groups if group.accepts(each.term)), None)
+        classes = _classes(each.term, width, piece.layout.dim)
+        group = next((group for group in groups if group.accepts(each.term, *classes)), None)
         if group is None:
-            groups.append(group := _Together(None, 1.0))
-        group.add(each)
+            groups.append(group := _Together(width, width, width))
+        group.add(each, *classes)
+    if piece.gradient is not None and not piece.add and groups[0].ours < width:
+        piece.gradient.zero_()
     return [
         _launch(records, piece, group, add=piece.add or number > 0, gradient=gradient) for number, group in enumerate(groups)
     ]
@@ -104,9 +115,10 @@ def _launch(records: Records, piece: Piece, group: _Together, *, add: bool, grad
         *records.number(group.temperature),
         *(group.terms[name].number for name in names),
     )
-    step, align = unit(*dtypes), _alignment(views, layout.width, unit(*dtypes))
+    step, counts = unit(*dtypes), (group.ours, group.theirs, group.width)
+    align = _alignment(views, counts, step)
     multiple = step if align == ON_COLUMNS else 1
-    lanes, warps, registers = blocks(layout.width, step, names, align=align)
+    lanes, warps, registers = blocks(max(group.ours, group.theirs), step, names, align=align)
     constants = {
         "MULTIPLE": multiple,
         "S": TYPES[dtypes[0]],
@@ -123,13 +135,26 @@ def _launch(records: Records, piece: Piece, group: _Together, *, add: bool, grad
         "EXACT": interpreted(),
     }
     section = (records.table.add([(*record, *[0] * (LAUNCH - len(record)))]),)
-    return Launch(distribution_rows, (layout.rows,), section, (layout.width // multiple,), warps, constants, registers)
+    numbers = tuple(count // multiple for count in counts)
+    return Launch(distribution_rows, (layout.rows,), section, numbers, warps, constants, registers)
 
 
-def _alignment(views: Sequence[View], classes: int, step: int) -> int:
-    if classes % step == 0 and all(view.multiple_of(step) for view in views):
+def _classes(term: RowTerm, ours: int, dim: int) -> tuple[int, int]:
+    """In how many classes student and teacher are compared."""
+    if term.form.family == "labels":
+        return ours, ours
+    theirs = term.other.shape[dim]
+    classes = max(ours, theirs) if term.padded else min(ours, theirs)
+    return min(ours, classes), min(theirs, classes)
+
+
+def _alignment(views: Sequence[View], counts: Sequence[int], step: int) -> int:
+    if all(count % step == 0 for count in counts) and all(view.multiple_of(step) for view in views):
         return ON_COLUMNS
-    dense = all(not view.split and (view.inner == classes or view.size == 1) for view in views)
+    width = counts[-1]
+    dense = all(count == width for count in counts) and all(
+        not view.split and (view.inner == width or view.size == 1) for view in views
+    )
     if dense and all(view.tensor.data_ptr() % ALIGNMENT == 0 for view in views):
         return ON_ROWS
     return ANYWHERE

@@ -168,6 +168,8 @@ def distribution_rows(
     terms,
     part,
     units,
+    their_units,
+    width_units,
     MULTIPLE: tl.constexpr,
     S: tl.constexpr,
     T: tl.constexpr,
@@ -188,7 +190,9 @@ def distribution_rows(
     ADD: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Program i does row i, of ``units * MULTIPLE`` classes, so that the compiler knows what their number is a multiple of.
+    """Program i does row i. The student is compared in ``units * MULTIPLE`` classes, so that the compiler knows what their
+    number is a multiple of, and the teacher in ``their_units * MULTIPLE``. Rows of the gradient are ``width_units * MULTIPLE``
+    wide; beyond the classes that are compared they are not written.
 
     KL, REVERSE and so on are the places of their terms in the launch, -1 where there is none; SOLO: it has one only. ONE: the
     temperature is known to be one, so that labels share the student's softmax. ADD: to the gradient that is there. EXACT: no
@@ -196,6 +200,7 @@ def distribution_rows(
     """
     row = tl.program_id(0)
     classes = units * MULTIPLE
+    their_classes = their_units * MULTIPLE
     TEACHER: tl.constexpr = (KL >= 0) | (REVERSE >= 0) | (JS >= 0) | (SKEW >= 0) | (TVD >= 0) | (SOFT >= 0)
     TWICE: tl.constexpr = (JS >= 0) | (SKEW >= 0) | (TVD >= 0)
     COLD: tl.constexpr = (HARD >= 0) & (TEACHER & (not ONE))
@@ -236,8 +241,8 @@ def distribution_rows(
     ours = _row(launch + LAUNCH_STUDENT, ours_offset, lead, S, UNIT, ALIGN)
     if TEACHER:
         theirs = _row(launch + LAUNCH_TEACHER, offsets(launch + LAUNCH_TEACHER, row, MULTIPLE, True), lead, T, UNIT, ALIGN)
-    out = _row(launch + LAUNCH_GRADIENT, row.to(tl.int64) * classes, lead, G, UNIT, ALIGN)
-    blocks = tl.cdiv(lead + classes, LANES * UNIT)
+    out = _row(launch + LAUNCH_GRADIENT, row.to(tl.int64) * (width_units * MULTIPLE), lead, G, UNIT, ALIGN)
+    blocks = tl.cdiv(lead + tl.maximum(classes, their_classes), LANES * UNIT)
     sweep = tl.where(live, blocks, 0)
 
     # Sweep 1, forwards.
@@ -255,7 +260,7 @@ def distribution_rows(
             z1 = z1 * tl.exp2((ms - new) * LOG2_E) + tl.sum(tl.exp2((s - new[:, None]) * LOG2_E), 1)
         ms, zs, keep, e = _exponentials(s, ms, zs, heat2)
         if TEACHER:
-            t = _logits(theirs, block, blocks, lead, classes, LANES, UNIT, ALIGN)
+            t = _logits(theirs, block, blocks, lead, their_classes, LANES, UNIT, ALIGN)
             mt, zt, keep_t, e_t = _exponentials(t, mt, zt, heat2)
             if REVERSE >= 0:  # the sum of e times the log ratio, both relative to the running maxima
                 move = (base_s - _finite(ms)) - (base_t - _finite(mt))
@@ -283,7 +288,7 @@ def distribution_rows(
         for step in range(0, sweep):
             block = blocks - 1 - step
             x = (_logits(ours, block, blocks, lead, classes, LANES, UNIT, ALIGN) - top_s) * heat2 - log_zs
-            y = (_logits(theirs, block, blocks, lead, classes, LANES, UNIT, ALIGN) - top_t) * heat2 - log_zt
+            y = (_logits(theirs, block, blocks, lead, their_classes, LANES, UNIT, ALIGN) - top_t) * heat2 - log_zt
             q = tl.exp2(x)
             p = tl.exp2(y)
             if JS >= 0:
@@ -329,7 +334,7 @@ def distribution_rows(
             slope = tl.zeros((LANES, UNIT), tl.float32)
             if TEACHER:
                 x = s * heat2 - log_zs
-                y = (_logits(theirs, block, blocks, lead, classes, LANES, UNIT, ALIGN) - top_t) * heat2 - log_zt
+                y = (_logits(theirs, block, blocks, lead, their_classes, LANES, UNIT, ALIGN) - top_t) * heat2 - log_zt
                 q = tl.exp2(x)
                 p = tl.exp2(y)
             if KL >= 0:

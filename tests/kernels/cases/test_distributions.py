@@ -234,6 +234,19 @@ def test_teachers_of_other_dtypes(dtypes, device):
     check(RowTask(student=student, terms=terms(["kl", "js"], teacher)))
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [(104, 96), (96, 104), (101, 99), (99, 1200)])
+@pytest.mark.parametrize("padded", [False, True], ids=["shared", "padded"])
+def test_vocabularies_of_different_sizes(padded, ours, theirs, device):
+    student, teacher = drawn(2, ours, spread=3.0, device=device), drawn(2, theirs, spread=3.0, seed=1, device=device)
+    infinite = {"kl", "soft_cross_entropy"} if ours < theirs else {"reverse_kl"}
+    names = [name for name in DISTRIBUTIONS if not (padded and name in infinite)]
+    task = RowTask(student=student, terms=terms([*names, "cross_entropy"], teacher, labels(2, classes=ours), padded=padded))
+    found = check(task)
+    alone = check(RowTask(student=student, terms=terms(names[:1], teacher, padded=padded)))
+    if theirs < ours and not padded:
+        assert (alone.gradient[:, theirs:] == 0).all() and (found.gradient[:, theirs:] != 0).any()
+
+
 def test_other_teachers_temperatures_and_losses_said_twice_add_up(device):
     student, teacher, target = pair(2, 100, device=device)
     second = drawn(2, 100, seed=5, device=device)
