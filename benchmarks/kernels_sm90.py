@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="the folder of kernels_sm90.json")
     options = parser.parse_args()
-    console = Console(width=None if Console().is_terminal else 150, highlight=False)
+    console = Console(width=None if Console().is_terminal else 190, highlight=False)
     table = Table(box=SIMPLE_HEAD)
     columns = [field.name for field in dataclasses.fields(Compiled)]
     for column in ("losses", "dtype", "width", *columns):

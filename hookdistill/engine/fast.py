@@ -33,6 +33,8 @@ COMPILED_CHUNK = 1 << 22
 """The same for compiled ones, which make few passes; it bounds what the compiler may buffer."""
 HEAD_CHUNK = 1 << 20
 """The same within a block of logits that is in memory already."""
+WHOLE = 1 << 62
+"""For kernels, which take a block of logits as it is."""
 TOGETHER_BELOW = 8 << 20
 """Bytes of a student tensor below which its terms wait for those of others: launching a kernel takes longer than it runs."""
 
@@ -294,10 +296,11 @@ def choose(task: Task, impl: str) -> Choice:
     if isinstance(task, (AttentionTask, RelationTask)):
         return Choice("chunked", "no map")
     reason = "head and loss in one" if isinstance(task, HeadTask) else ""
-    if kernels and missing is None and isinstance(task, RowTask):
-        reason = unsuited(task) or ""
-        if not reason:
-            return Choice("triton", "interpreted" if device.type == "cpu" else "")
+    if kernels and missing is None:
+        unfit = unsuited(task) if isinstance(task, RowTask) else _double(task.student)
+        if unfit is None:
+            return Choice("triton", reason or ("interpreted" if device.type == "cpu" else ""))
+        reason = reason or unfit
     if missing is not None:
         return Choice("chunked", reason or f"Triton {missing}")
     if not compiler_available():
@@ -305,6 +308,10 @@ def choose(task: Task, impl: str) -> Choice:
     if impl == "compiled" or task.student.shape.numel() >= COMPILED_FROM:
         return Choice("compiled", reason)
     return Choice("chunked", reason or "small")
+
+
+def _double(head: Head) -> str | None:
+    return "float64" if head.hidden.dtype is torch.float64 else None
 
 
 def _device(task: Task) -> torch.device:
@@ -327,6 +334,10 @@ def run(task: Task, choice: Choice, *, gradient: bool) -> Computed:
         compiled = choice.implementation == "compiled" and gradient
         if isinstance(task, HeadTask):
             block, most = (compiled_block, HEAD_CHUNK) if compiled else (block_losses, CHUNK)
+            if choice.implementation == "triton":
+                from ..kernels.blocks import block_losses_triton
+
+                block, most = block_losses_triton, WHOLE
             head = head_losses(task, block, most=most, gradient=gradient)
             task.terms.clear()
             return Computed(list(head.values.unbind()), head.total, head.slopes)

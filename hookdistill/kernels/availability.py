@@ -61,6 +61,8 @@ def interpreted() -> bool:
 def unsuited(task: RowTask) -> str | None:
     """Why this task is better left to the closed forms, if it is; no matter on which device."""
     student = task.student
+    if not student.numel():
+        return "empty"
     if student.dtype not in DTYPES:
         return _said(student.dtype)
     if any(_wide(term.other) for term in task.terms):

@@ -31,7 +31,7 @@ MANY = 3
 """Terms in one launch from which on a program takes half as many, since its threads hold sums for each of them."""
 REGISTERS_ON_COLUMNS = (64, 64, 96, 128, 128, 168)
 """Of a thread, for one term in a launch, for two, and so on: the fewest that keep everything out of memory."""
-REGISTERS_ELSEWHERE = (128, 128, 168)
+REGISTERS_ELSEWHERE = (80, 80, 128, 168, 168, 208)
 """The same where the ends of rows take code of their own."""
 HEAVY = {"js", "skew_kl", "tvd", "soft_cross_entropy"}
 """Losses that with others take as many registers as one more would."""

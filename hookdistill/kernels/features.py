@@ -49,11 +49,11 @@ class _Prepared:
     student: View
     others: list[View]
 
-    @property
-    def split(self) -> bool:
-        layout = self.piece.layout
-        masks = [layout.mask(each.term.valid) for each in self.piece.terms if each.term.valid is not None]
-        return any(view.split for view in (self.student, *self.others, *masks))
+    def split(self, records: Records) -> bool:
+        """Whether any view takes two strides."""
+        masks = (each.term.valid for each in self.piece.terms)
+        views = (records.mask(valid, self.piece.layout) for valid in masks if valid is not None)
+        return self.student.split or any(view.split for view in (*self.others, *views))
 
 
 @dataclass(slots=True, eq=False)
@@ -98,7 +98,7 @@ class _Bucket:
             "G": TYPES[self.key.gradient],
             "WIDTH": blocks.width,
             "ALIGNED": self.key.aligned,
-            "SPLIT": any(prepared.split for prepared in self.pieces),
+            "SPLIT": any(prepared.split(records) for prepared in self.pieces),
             "SQUARES": "mse" in names,
             "LINES": lines,
             "ANGLES": angles,

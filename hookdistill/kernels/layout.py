@@ -44,6 +44,8 @@ NOTHING = (0, 0, 0, 1)
 
 def rows_view(tensor: Tensor) -> View:
     """The view of a tensor whose last dimension is a row; of a copy, where its rows are not dense or take three strides."""
+    if tensor.is_contiguous():
+        return View(tensor, 0, tensor.shape[-1], tensor.numel() // tensor.shape[-1])
     if tensor.shape[-1] != 1 and tensor.stride(-1) != 1:
         return rows_view(tensor.contiguous())
     return entries_view(tensor, tensor.shape[:-1], tensor.stride()[:-1]) or rows_view(tensor.contiguous())
@@ -84,36 +86,26 @@ class Layout:
     """
 
     task: RowTask
+    dim: int
     cut: bool
+    width: int
+    rows: int
 
     @staticmethod
     def of(task: RowTask) -> Layout:
         """The layout that needs the fewest copies."""
         student, dim = task.student, task.dim % task.student.ndim
-        dense = all(tensor.is_contiguous() for tensor in (student, *(term.other for term in task.terms)))
-        elementwise = all(term.form.elementwise and _same_behind(term.valid, dim) for term in task.terms)
-        return Layout(task, cut=0 < dim < student.ndim - 1 and dense and elementwise)
-
-    @property
-    def dim(self) -> int:
-        return self.task.dim % self.task.student.ndim
-
-    @property
-    def width(self) -> int:
-        """How wide rows are."""
-        shape = self.task.student.shape
-        return shape[self.dim + 1 :].numel() if self.cut else shape[self.dim]
-
-    @property
-    def rows(self) -> int:
-        """How many there are."""
-        return self.task.student.numel() // self.width
+        cut = 0 < dim < student.ndim - 1
+        cut = cut and all(tensor.is_contiguous() for tensor in (student, *(term.other for term in task.terms)))
+        cut = cut and all(term.form.elementwise and _same_behind(term.valid, dim) for term in task.terms)
+        width = student.shape[dim + 1 :].numel() if cut else student.shape[dim]
+        return Layout(task, dim, cut, width, student.numel() // width)
 
     def view(self, tensor: Tensor) -> View:
-        """The rows of a tensor of the student's shape."""
+        """The rows of a tensor with the student's positions."""
         if self.cut:
             return View(tensor, 0, self.width, self.rows)
-        return rows_view(tensor.movedim(self.dim, -1))
+        return rows_view(tensor if self.dim == tensor.ndim - 1 else tensor.movedim(self.dim, -1))
 
     def mask(self, valid: Tensor) -> View:
         """Which rows count, of a mask with an entry for each position."""
@@ -133,7 +125,7 @@ class Layout:
     def gradient(self) -> tuple[Tensor, Tensor]:
         """A new tensor for the gradient, as dense rows, and the same as the student's shape has it."""
         student = self.task.student
-        if self.cut:
+        if self.cut or self.dim == student.ndim - 1:
             rows = torch.empty(student.shape, dtype=gradient_dtype(student), device=student.device)
             return rows, rows
         shape = student.movedim(self.dim, -1).shape

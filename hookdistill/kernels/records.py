@@ -8,39 +8,47 @@ A *number* (2 columns) is the address of a float32 on the device; where that is 
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 
 VIEW = 4
 VIEW_OUTER, VIEW_INNER, VIEW_SIZE = 1, 2, 3
 
-# A term: which rows count (address zero: all do), its share in the mean, its coefficient, where its partial sums go and how
-# many there are, which loss of its family it is, that loss's constants, the teacher's view (features only), and where its value
-# goes.
-TERM_MASK, TERM_SHARE, TERM_COEFFICIENT, TERM_PART, TERM_PARTS, TERM_KIND, TERM_CONSTANTS, TERM_OTHER = (
-    0,
-    4,
-    6,
-    8,
-    9,
-    10,
-    11,
-    15,
-)
-TERM_VALUE = 19
-TERM = 20
+# A term.
+TERM_MASK = 0  # a view: which rows count; all do where its address is zero
+TERM_SHARE = 4  # a number: the share of a row in the mean
+TERM_COEFFICIENT = 6  # a number
+TERM_PART = 8  # where its partial sums go
+TERM_PARTS = 9  # how many there are
+TERM_KIND = 10  # which of the feature losses it is
+TERM_CONSTANTS = 11  # four floats, as bits
+TERM_OTHER = 15  # a view: the teacher's tensor; of feature losses only
+TERM_VALUE = 19  # where its value goes
+TERM_STRIDE = 20  # how far the share of a row is from that of the row before; of losses on logits only
+TERM = 22
 
-# A task: the student's view, where the gradient goes (rows are dense), how many rows, and the terms from FIRST to before LAST.
-TASK_STUDENT, TASK_GRADIENT, TASK_ROWS, TASK_FIRST, TASK_LAST = 0, 4, 5, 6, 7
+# A task.
+TASK_STUDENT = 0  # a view
+TASK_GRADIENT = 4  # where the gradient goes, as dense rows
+TASK_ROWS = 5  # how many
+TASK_FIRST = 6  # its terms are those from this number
+TASK_LAST = 7  # to before this one
 TASK = 8
 
-# A launch on logits: the views of student and teacher, the labels (dense int64), where the gradient goes, the temperature, and
-# the terms in it by number.
-LAUNCH_STUDENT, LAUNCH_TEACHER, LAUNCH_LABELS, LAUNCH_GRADIENT, LAUNCH_TEMPERATURE, LAUNCH_TERMS = 0, 4, 8, 9, 10, 12
+# A launch on logits.
+LAUNCH_STUDENT = 0  # a view
+LAUNCH_TEACHER = 4  # a view
+LAUNCH_LABELS = 8  # where they are, dense int64
+LAUNCH_GRADIENT = 9  # where the gradient goes, as dense rows
+LAUNCH_TEMPERATURE = 10  # a number
+LAUNCH_TERMS = 12  # its terms by number
 LAUNCH = 20
 
-# A mask to be counted: its view, its rows, and how many positions each of them stands for.
-COUNT_MASK, COUNT_ROWS, COUNT_TIMES = 0, 4, 5
+# A mask to be counted.
+COUNT_MASK = 0  # a view
+COUNT_ROWS = 4
+COUNT_TIMES = 5  # how many positions each row stands for
 COUNT = 6
 
 # Feature losses. DISTANCE covers mse, l1, smooth_l1 and huber by four constants, see `features.distance_constants`.
@@ -53,6 +61,7 @@ ON_COLUMNS, ON_ROWS, ANYWHERE = 0, 1, 2
 _FLOAT, _BITS = struct.Struct("<f"), struct.Struct("<i")
 
 
+@functools.lru_cache(4096)
 def bits(number: float) -> int:
     """A number as the 32 bits of a float32; infinite where it is too large for that."""
     try:

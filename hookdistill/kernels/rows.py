@@ -71,7 +71,7 @@ def _run(tasks: Sequence[RowTask], device: torch.device, *, gradient: bool) -> l
         first += len(task.terms)
     launches += features.plan(records, all_features, gradient=gradient)
     launches += [each for piece in all_logits for each in distributions.plan(records, piece, gradient=gradient)]
-    values, totals = _launch(records, launches, spans)
+    values, totals = launch_all(records, launches, spans)
     return [
         RowLosses(values[first:last], totals[number], slopes)
         for number, ((first, last), slopes) in enumerate(zip(spans, gradients, strict=True))
@@ -101,7 +101,7 @@ def _count(masks: Sequence[Tensor], shares: Tensor, keep: list[Tensor]) -> None:
     launch(sums.shares, (len(masks),), on_device(tuple(table.numbers), shares.device), shares, warps=8, BLOCK=SUMMED)
 
 
-def _launch(records: Records, launches: Sequence[Launch], spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+def launch_all(records: Records, launches: Sequence[Launch], spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """Upload the table, launch everything, and sum: the values of all terms, and the totals of all tasks."""
     terms = records.table.add(records.terms)
     tasks = records.table.add([(0, 0, 0, 0, 0, 0, *span) for span in spans])

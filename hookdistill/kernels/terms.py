@@ -11,17 +11,21 @@ from torch import Tensor
 
 from ..fused.rows import RowTask, RowTerm
 from .availability import DTYPES
-from .layout import NOTHING, Layout
+from .layout import NOTHING, Layout, View
 from .records import Table, bits
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Numbered:
-    """A term, its number among the terms of a call, and where its value goes."""
+    """A term, its number among the terms of a call, and where its value goes.
+
+    ``shares`` is the share of each row in the mean, ``[rows]``, where that is known already; zero for rows that do not count.
+    """
 
     number: int
     value: int
     term: RowTerm
+    shares: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +80,7 @@ class Records:
     table: Table = field(default_factory=Table)
     parts: int = 0
     keep: list[Tensor] = field(default_factory=list)
+    masks: dict[tuple[int, torch.Size | None], View] = field(default_factory=dict)
 
     def term(
         self,
@@ -90,23 +95,28 @@ class Records:
     ) -> None:
         """Make the record of a term, with ``parts`` partial sums and room for some numbers ``behind`` them."""
         term = numbered.term
-        mask = NOTHING
-        if term.valid is not None:
-            view = layout.mask(term.valid)
-            self.keep.append(view.tensor)
-            mask = view.record
+        mask = NOTHING if term.valid is None else self.mask(term.valid, layout).record
         self.terms[numbered.number] = (
             *mask,
-            *self._share(term, layout),
+            *self._share(numbered, layout),
             *self.number(term.coefficient),
             self.parts,
             parts,
             kind,
-            *(bits(each) for each in (*constants, 0.0, 0.0, 0.0, 0.0)[:4]),
+            *map(bits, (*constants, *[0.0] * (4 - len(constants)))),
             *other,
             numbered.value,
+            0 if numbered.shares is None else numbered.shares.stride(0),
+            0,
         )
         self.parts += parts + behind
+
+    def mask(self, valid: Tensor, layout: Layout) -> View:
+        """The view of a mask; terms often have the same."""
+        key = (id(valid), layout.task.student.shape if layout.cut else None)
+        if key not in self.masks:
+            self.masks[key] = layout.mask(valid)
+        return self.masks[key]
 
     def number(self, given: float | Tensor) -> tuple[int, int]:
         """A number as two columns of a record: one that is on the device stays there."""
@@ -118,7 +128,10 @@ class Records:
         self.keep.append(tensor)
         return tensor.data_ptr(), 0
 
-    def _share(self, term: RowTerm, layout: Layout) -> tuple[int, int]:
+    def _share(self, numbered: Numbered, layout: Layout) -> tuple[int, int]:
+        term = numbered.term
+        if numbered.shares is not None:
+            return numbered.shares.data_ptr(), 0
         if not term.mean:
             return 0, bits(1.0)
         if term.valid is not None:

@@ -11,11 +11,11 @@ VIEW_SIZE = tl.constexpr(records.VIEW_SIZE)
 
 
 @triton.jit
-def number(at):
-    """A number of a record: the float32 at its address, or its bits."""
+def number(at, step):
+    """A number of a record: its bits, or the float32 at its address; ``step`` elements further if there is one for each row."""
     address = tl.load(at)
     itself = tl.load(at + 1).to(tl.int32).to(tl.float32, bitcast=True)
-    return tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=itself)
+    return tl.load(address.to(tl.pointer_type(tl.float32)) + step, mask=address != 0, other=itself)
 
 
 @triton.jit

@@ -38,6 +38,7 @@ TERM_CONSTANTS = tl.constexpr(records.TERM_CONSTANTS)
 TERM_MASK = tl.constexpr(records.TERM_MASK)
 TERM_PART = tl.constexpr(records.TERM_PART)
 TERM_SHARE = tl.constexpr(records.TERM_SHARE)
+TERM_STRIDE = tl.constexpr(records.TERM_STRIDE)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -134,9 +135,10 @@ def _together(m, z, heat2):
 def _weight(launch, terms, which: tl.constexpr, row):
     """Of a term: its record, whether the row counts in it, the row's share, and that times the coefficient."""
     term = terms + tl.load(launch + LAUNCH_TERMS + which) * TERM
-    valid = counted(term + TERM_MASK, row, row >= 0, True)
-    share = tl.where(valid, number(term + TERM_SHARE), 0.0)
-    return term, valid, share, share * number(term + TERM_COEFFICIENT)
+    share = number(term + TERM_SHARE, row.to(tl.int64) * tl.load(term + TERM_STRIDE))
+    valid = counted(term + TERM_MASK, row, share != 0, True)
+    share = tl.where(valid, share, 0.0)
+    return term, valid, share, share * number(term + TERM_COEFFICIENT, 0)
 
 
 @triton.jit
@@ -204,7 +206,7 @@ def distribution_rows(
     TEACHER: tl.constexpr = (KL >= 0) | (REVERSE >= 0) | (JS >= 0) | (SKEW >= 0) | (TVD >= 0) | (SOFT >= 0)
     TWICE: tl.constexpr = (JS >= 0) | (SKEW >= 0) | (TVD >= 0)
     COLD: tl.constexpr = (HARD >= 0) & (TEACHER & (not ONE))
-    heat = number(launch + LAUNCH_TEMPERATURE)
+    heat = number(launch + LAUNCH_TEMPERATURE, 0)
     heat2 = LOG2_E / heat
     scale = heat * heat * LN_2
 

@@ -134,8 +134,8 @@ def narrow_rows(
             load = valid[:, None] & within[None, :]
             s = _tile(task, rows, columns, load, S, ALIGNED, SPLIT)
             t = _tile(term + TERM_OTHER, rows, columns, load, T, ALIGNED, SPLIT)
-            share = number(term + TERM_SHARE)
-            weight = share * number(term + TERM_COEFFICIENT)
+            share = number(term + TERM_SHARE, 0)
+            weight = share * number(term + TERM_COEFFICIENT, 0)
             kind = tl.load(term + TERM_KIND)
             if (not ANGLES) | ((SQUARES or LINES) & (kind < ANGLE_FROM)):
                 values, slope = _distance(term, s, t, weight, LINES)
@@ -225,8 +225,8 @@ def wide_rows(
                 load = valid[:, None] & within[None, :]
                 s = _tile(task, rows, columns, load, S, ALIGNED, SPLIT)
                 t = _tile(term + TERM_OTHER, rows, columns, load, T, ALIGNED, SPLIT)
-                share = number(term + TERM_SHARE)
-                weight = share * number(term + TERM_COEFFICIENT)
+                share = number(term + TERM_SHARE, 0)
+                weight = share * number(term + TERM_COEFFICIENT, 0)
                 kind = tl.load(term + TERM_KIND)
                 at = part + tl.load(term + TERM_PART)
                 if (not ANGLES) | ((SQUARES or LINES) & (kind < ANGLE_FROM)):

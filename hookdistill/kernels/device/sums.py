@@ -48,5 +48,5 @@ def totals(tasks, terms, part, values, total, BLOCK: tl.constexpr):
             sums += tl.load(parts + at, mask=at < count, other=0.0)
         value = tl.sum(sums, 0)
         tl.store(values + tl.load(term + TERM_VALUE), value)
-        whole += value * number(term + TERM_COEFFICIENT)
+        whole += value * number(term + TERM_COEFFICIENT, 0)
     tl.store(total + tl.program_id(0), whole)

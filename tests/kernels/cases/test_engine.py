@@ -56,6 +56,22 @@ def test_a_step_is_that_of_the_definitions(order, device):
     assert all(row.implementation.startswith("triton") for row in found[3])
 
 
+def test_a_head_and_its_loss_in_one(device):
+    teacher, student = readers()
+    batch = {key: value.to(device) for key, value in tokens(2, 3).items()}
+    matches = [Match("head", "head", loss="kl", temperature=2.0, mask="attention_mask", name="soft")]
+    found = {}
+    for head, impl in (("whole", "eager"), ("fused", "triton")):
+        distiller = Distiller(teacher, student, matches, impl=impl, head=head).to(device)
+        (row,) = distiller.plan(batch)
+        losses = distiller(batch)
+        parameters = [student.head.weight, student.head.bias, student.embed.weight]
+        found[head] = losses.total.detach(), torch.autograd.grad(losses.total, parameters)
+        distiller.close()
+    assert row.implementation == "triton (head and loss in one)"
+    torch.testing.assert_close(found["fused"], found["whole"])
+
+
 def test_small_terms_wait_for_each_other_and_large_ones_for_nobody(calls, device, monkeypatch):
     trained(HIDDEN + SOFT[1:], "triton", device, steps=1)
     assert calls == [3, 3, 3]  # a step between two dry runs: both hidden states and the logits at once
