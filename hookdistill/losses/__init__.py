@@ -5,6 +5,7 @@ from .features import cosine, huber, l1, mse, normalized_mse, smooth_l1
 from .logits import cross_entropy, js, kl, reverse_kl, skew_kl, soft_cross_entropy, tvd
 from .reduction import masked_mean, reduce
 from .registry import LossSpec, loss_spec, register_loss, registered_losses
+from .sparse import sampled_kl, top_k_tail_kl
 
 __all__ = [
     "LossSpec",
@@ -24,8 +25,10 @@ __all__ = [
     "register_loss",
     "registered_losses",
     "reverse_kl",
+    "sampled_kl",
     "skew_kl",
     "smooth_l1",
     "soft_cross_entropy",
+    "top_k_tail_kl",
     "tvd",
 ]

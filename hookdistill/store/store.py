@@ -1,0 +1,387 @@
+"""A store that stands where a teacher stands."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..addresses import Address, Selector, Step, parse
+from ..batches import BatchAdaptor, BatchKey, has_item, pick
+from ..errors import StoreError, did_you_mean, listing
+from ..matches import Match
+from .adjusting import LEAF, adjusted
+from .build import Options, Wanted, build
+from .codecs import Sampled, TopK
+from .dtypes import Array
+from .fingerprint import teacher_facts, transforms_facts
+from .index import Index, Places
+from .keep import same_tensor
+from .keys import AUGMENTED, Samples
+from .manifest import SHARDS, Manifest, Stored, check_transforms
+from .report import check_size, verify
+from .shards import Shard
+from .spans import Span, padded
+
+_MOST_OPEN = 4096
+
+
+class TeacherStore:
+    """Teacher tensors on disk, read in place of the teacher's forward.
+
+        store = TeacherStore.build("store", teacher, matches, loader)
+        distiller = Distiller(store, student, matches)  # the teacher may go
+
+    Samples are found by a hash of what the teacher is called with, without padding, so that order, batch size and padding are
+    free. Tensors are read from memory-mapped shards when a batch asks for them, and padding is rebuilt for the batch; NaN
+    stands where nothing was stored. Each sample is checked by its checksum the first time it is read.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, *, check_inputs: bool, resident_bytes: int) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.check_inputs = check_inputs
+        self.resident_bytes = resident_bytes
+        self._start()
+
+    @classmethod
+    def build(
+        cls,
+        path: str | os.PathLike[str],
+        teacher: nn.Module,
+        matches_or_addresses: Wanted,
+        loader: Iterable[Any],
+        *,
+        key: str | Sequence[str] | None = None,
+        keep: object = None,
+        mask: BatchKey | None = "auto",
+        student: nn.Module | None = None,
+        teacher_model: str | None = None,
+        transforms: object = None,
+        batch_adaptor: BatchAdaptor | None = None,
+        shard_bytes: int = 256 * 2**20,
+        divided: bool | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> TeacherStore:
+        """Run the teacher once over a loader, and write what matches need of it to the folder ``path``.
+
+        What is there already, from a build that was interrupted or from one over fewer samples, is not done again: the same
+        call goes on. Processes that ``accelerate launch`` or ``torchrun`` have started write together.
+
+        Args:
+            path: a folder.
+            teacher: runs in eval mode without gradients, under the autocast that is on.
+            matches_or_addresses: `Match` entries, of which the teacher's side is stored, or addresses.
+            loader: gives the batches that training will see, in any order and with any batch size.
+            key: what tells samples apart: ``"content"`` (the default), a hash of the teacher's inputs without padding; or
+                items of the batch with a number or string for each sample. Random augmentation needs the seed that decides
+                it among them, ``key=("id", "augmentation_seed")``; without one the store serves un-augmented samples only.
+            keep: how tensors are kept, see `Keep`: one for all, or by address, ``{"encoder.layer.*": "int8", ":logits":
+                Keep(top_k=64)}``. A dtype stands for a `Keep` of that dtype. By default nothing is lost.
+            mask: the item ``[batch, tokens]`` by which padding is cut off: by default ``attention_mask``, where there is one.
+            student: where wildcards stand on both sides of a match, only the layers that this student is compared with are
+                stored, not all that the teacher's wildcard names.
+            teacher_model: of matches for several teachers, those of this one.
+            transforms: the tokenizer or processor, or several by name, whose fingerprints go with the store.
+            batch_adaptor: as for `Distiller`; samples are then recognised by all tensors of the batch that are no targets.
+            shard_bytes: size of the files; as much memory is needed twice.
+            divided: whether the loader gives each process its own part. By default that is looked up: loaders that
+                accelerate has prepared do, and those with a ``DistributedSampler``; of others each process takes its share.
+            seed: of the draws of ``Keep(samples=…)``.
+            progress: a bar.
+
+        Raises:
+            StoreError: the folder holds something else, or a tensor cannot be stored as it should.
+        """
+        options = Options(
+            key=key,
+            keep=keep,
+            mask=mask,
+            student=student,
+            teacher_model=teacher_model,
+            transforms=transforms,
+            batch_adaptor=batch_adaptor,
+            shard_bytes=shard_bytes,
+            divided=divided,
+            seed=seed,
+            progress=progress,
+        )
+        build(Path(path), teacher, matches_or_addresses, loader, options)
+        return cls.open(path)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        verify: bool = False,
+        *,
+        teacher: nn.Module | None = None,
+        transforms: object = None,
+        check_inputs: bool = True,
+        resident_bytes: int = 2**30,
+    ) -> TeacherStore:
+        """Open a finished store. Reads the manifest, and looks that all files are there in their sizes.
+
+        Args:
+            path: its folder.
+            verify: check every byte first, as `hookdistill.store.verify` does.
+            teacher: raise unless the store is of this teacher, by the hash of its weights.
+            transforms: raise unless it was made with this tokenizer or these transforms.
+            check_inputs: with ``key=`` items of the batch, raise where a sample's inputs are not those that the teacher saw.
+                ``False`` serves the stored tensors whatever the student sees, as for an un-augmented teacher of an augmented
+                student, and need not hash the inputs.
+            resident_bytes: how much of the files may be in this process's memory at a time; the system's file cache is not
+                limited by it.
+
+        Raises:
+            StoreError: there is no finished store, or it is not whole, or not the one that is meant.
+        """
+        folder = Path(path)
+        manifest = Manifest.read(folder)
+        for facts in manifest.shards:
+            check_size(folder / SHARDS / facts.name, facts)
+        check_size(folder / manifest.index.name, manifest.index)
+        if teacher is not None:
+            _check_teacher(teacher, manifest, folder)
+        if transforms is not None:
+            check_transforms(transforms_facts(transforms), manifest.settings.transforms, folder)
+        if verify:
+            _verify(folder)
+        return cls(folder, manifest, check_inputs=check_inputs, resident_bytes=resident_bytes)
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    @property
+    def layers(self) -> Sequence[str]:
+        """Paths of all modules of the teacher, stored or not, so that wildcards are paired as with the teacher itself."""
+        return self.manifest.settings.layers
+
+    @property
+    def addresses(self) -> list[str]:
+        """The tensors that are stored."""
+        return [stored.name for stored in self.manifest.settings.stored]
+
+    def captures(self, batch: Any, addresses: Sequence[Address | str]) -> dict[str, dict[str, Tensor]]:
+        """What the teacher would give for this batch: ``{layer: {output: tensor}}``, on the device of the batch.
+
+        Shapes are those of the teacher, for the padding at hand; padding and tokens that were not kept are NaN. Of logits
+        of which only some classes were kept, the others get the tail's mass in equal shares (``top_k=``) or none
+        (``samples=``).
+
+        Raises:
+            StoreError: a tensor or a sample is not in the store, or a shard is damaged.
+        """
+        parsed = [each if isinstance(each, Address) else parse(each) for each in addresses]
+        samples, places = self._located(batch)
+        device = self._device(batch)
+        captured: dict[str, dict[str, Tensor]] = {}
+        for address in parsed:
+            stored, packed = self.stored(address)
+            tensor = self._read(stored, samples, places, device, packed=packed)
+            captured.setdefault(address.path, {})[address.key] = tensor
+        return captured
+
+    def adjust(self, match: Match) -> Match:
+        """A match, with the loss and the mask that fit what was stored of its teacher tensor.
+
+        Raises:
+            StoreError: the tensor is not stored, or not in a way that serves this loss.
+        """
+        assert match.teacher_address is not None
+        stored, _ = self.stored(match.teacher_address)
+        return adjusted(match, stored, self)
+
+    def kept(self, batch: Any, stored: Stored) -> Tensor:
+        """``[batch, tokens]``: for which tokens of the batch there is a stored value."""
+        samples, places = self._located(batch)
+        spans = self._spans(stored, samples, places)
+        valid = torch.zeros(len(samples), samples.tokens, dtype=torch.bool)
+        for row, span in zip(valid.numpy(), spans, strict=True):
+            row[span.positions()] = True
+        return valid.to(self._device(batch))
+
+    def stored(self, address: Address) -> tuple[Stored, bool]:
+        """What is stored under an address, and whether its kept classes alone are meant.
+
+        Raises:
+            StoreError: nothing is.
+        """
+        bare = _without_leaf(address)
+        for stored in self.manifest.settings.stored:
+            if stored.address.path == address.path and same_tensor(stored.address, address):
+                return stored, False
+            if (
+                bare is not None
+                and stored.keep.sparse
+                and stored.address.path == bare.path
+                and same_tensor(stored.address, bare)
+            ):
+                return stored, True
+        hint = did_you_mean(str(address), self.addresses)
+        teacher = self.manifest.settings.teacher["class"].rsplit(".", 1)[-1]
+        raise StoreError(
+            f"the store {self.path} holds no {str(address)!r} of its teacher {teacher}.{hint} It holds "
+            f"{listing(self.addresses)}. Build one with the matches that need it, or change the match"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def __repr__(self) -> str:
+        return f"TeacherStore({str(self.path)!r}, {len(self):,} samples of {listing(self.addresses)})"
+
+    def _start(self) -> None:
+        self._index = Index(self.path / self.manifest.index.name)
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._checked: dict[tuple[int, str], bytearray] = {}
+        self._touched = 0
+        self._last: tuple[Any, Samples, Places] | None = None
+
+    def _located(self, batch: Any) -> tuple[Samples, Places]:
+        if self._last is not None and self._last[0] is batch:
+            return self._last[1:]
+        recognition = self.manifest.settings.recognition
+        samples = recognition.of(batch, hashed=self.check_inputs)
+        places = self._index.find(samples.keys)
+        for missing in np.flatnonzero(places.shards < 0).tolist():
+            raise StoreError(self._unknown(missing, samples, batch))
+        if recognition.fields and self.check_inputs:
+            for other in np.flatnonzero(places.inputs != np.array(samples.inputs, np.uint64)).tolist():
+                raise StoreError(self._changed(other, samples, batch))
+        for index, span in enumerate(samples.spans or ()):
+            length = int(self._shard(int(places.shards[index])).tokens[places.rows[index]])
+            if length != span.length:
+                raise StoreError(
+                    f"sample {index} of the batch ({self._described(index, samples, batch)}) has {span.length} tokens, and the "
+                    f"teacher saw {length}: it was cut or tokenised otherwise"
+                )
+        self._last = (batch, samples, places)
+        return samples, places
+
+    def _read(self, stored: Stored, samples: Samples, places: Places, device: torch.device, *, packed: bool) -> Tensor:
+        codec = stored.codec
+        arrays: list[dict[str, Array]] = []
+        for shard, row in zip(places.shards.tolist(), places.rows.tolist(), strict=True):
+            sample = {suffix: self._sample(shard, row, f"{stored.name}{suffix}") for suffix in codec.parts}
+            arrays.append(codec.spread(sample))
+        spans = self._spans(stored, samples, places) if stored.token_dims else None
+        parts = {}
+        for suffix in arrays[0]:
+            part = codec.parts[suffix]
+            dims = [dim for dim in stored.token_dims if dim < arrays[0][suffix].ndim]
+            try:
+                whole = padded([each[suffix] for each in arrays], spans, dims, samples.tokens, part.dtype, part.fill)
+            except StoreError as error:
+                raise StoreError(
+                    f"{stored.name!r}: {error}. A mask would have cut off what differs between them; without one, batches must "
+                    "be of samples of one shape"
+                ) from error
+            parts[suffix] = whole.to(device, non_blocking=True)
+        if packed:
+            assert isinstance(codec, (TopK, Sampled))
+            return codec.packed(parts)
+        return codec.decode(parts)
+
+    def _spans(self, stored: Stored, samples: Samples, places: Places) -> list[Span]:
+        spans = samples.spans
+        assert spans is not None
+        if stored.keep.tokens is None:
+            return spans
+        column = f"{stored.name}#positions"
+        located = zip(spans, places.shards.tolist(), places.rows.tolist(), strict=True)
+        return [span.only(self._sample(shard, row, column)) for span, shard, row in located]
+
+    def _sample(self, number: int, row: int, column: str) -> Array:
+        shard = self._shard(number)
+        array = shard.sample(column, row)
+        checked = self._checked.get((number, column))
+        if checked is None:
+            checked = self._checked[number, column] = bytearray(len(shard) // 8 + 1)
+        if not checked[row >> 3] >> (row & 7) & 1:
+            shard.check(column, row, array)
+            checked[row >> 3] |= 1 << (row & 7)
+        self._touched += array.nbytes
+        if self._touched > self.resident_bytes:
+            self._touched = 0
+            for each in self._shards.values():
+                each.file.forget()
+        return array
+
+    def _shard(self, number: int) -> Shard:
+        shard = self._shards.get(number)
+        if shard is None:
+            shard = self._shards[number] = Shard(self.path / SHARDS / self.manifest.shards[number].name)
+            if len(self._shards) > _MOST_OPEN:
+                self._shards.popitem(last=False)
+        return shard
+
+    def _device(self, batch: Any) -> torch.device:
+        recognition = self.manifest.settings.recognition
+        for name in (*recognition.inputs.values(), *recognition.fields, recognition.mask):
+            if name is not None and has_item(batch, name) and isinstance(value := pick(batch, name), Tensor):
+                return value.device
+        return torch.device("cpu")
+
+    def _described(self, index: int, samples: Samples, batch: Any) -> str:
+        recognition = self.manifest.settings.recognition
+        shown = []
+        for name in recognition.fields or recognition.inputs.values():
+            value = pick(batch, name)
+            if isinstance(value, Tensor) and value.ndim == 2 and samples.spans is not None:
+                value = samples.spans[index].narrow(value[index], 0)[:6].tolist()
+                shown.append(f"{name} {str(value)[:-1]}, …]")
+            elif isinstance(value, Tensor) and value.ndim == 1:
+                shown.append(f"{name} {value[index].item()!r}")
+            elif isinstance(value, (list, tuple)):
+                shown.append(f"{name} {value[index]!r:.60}")
+        return ", ".join([*shown, f"key {samples.keys[index].hex()[:12]}…"])
+
+    def _unknown(self, index: int, samples: Samples, batch: Any) -> str:
+        what = (
+            "the teacher never saw it"
+            if self.manifest.settings.recognition.fields
+            else ("the teacher never saw it, or it was tokenised, cut, normalised or augmented otherwise then")
+        )
+        return (
+            f"sample {index} of the batch ({self._described(index, samples, batch)}) is not among the {len(self):,} of the "
+            f"store {self.path}: {what}. Run TeacherStore.build with a loader that has it, which adds it. {AUGMENTED}"
+        )
+
+    def _changed(self, index: int, samples: Samples, batch: Any) -> str:
+        return (
+            f"sample {index} of the batch ({self._described(index, samples, batch)}) has other inputs than the teacher saw "
+            f"under this key: another tokenizer, other preprocessing, or augmentation. {AUGMENTED}. "
+            "TeacherStore.open(path, check_inputs=False) serves the stored tensors all the same"
+        )
+
+
+_verify = verify
+
+
+def _without_leaf(address: Address) -> Address | None:
+    steps = address.selector.steps
+    if not steps or steps[-1] != Step("name", LEAF):
+        return None
+    return Address(address.segments, Selector(address.selector.word, steps[:-1]), address.call)
+
+
+def _check_teacher(teacher: nn.Module, manifest: Manifest, folder: Path) -> None:
+    ours, theirs = teacher_facts(teacher), manifest.settings.teacher
+    for name in ("weights", "structure"):
+        if ours[name] != theirs[name]:
+            raise StoreError(
+                f"the store {folder} is of another teacher: the {name} of this {ours['class']} have the sha256 "
+                f"{ours[name][:12]}…, those of its {theirs['class']} {theirs[name][:12]}…. Build a store of this teacher"
+            )
