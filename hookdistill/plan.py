@@ -14,6 +14,7 @@ from .errors import AddressError, MatchError, listing
 from .layer_maps import LAYER_MAPS
 from .matches import Match
 from .paths import Found, resolve
+from .sources import CaptureSource, skeleton
 from .tables import table
 
 
@@ -62,7 +63,7 @@ class Plan:
         return "\n".join([table(headings, cells, right=("now",)), "", *self.inputs])
 
 
-def expand(match: Match, teachers: Mapping[str | None, nn.Module], student: nn.Module) -> list[Match]:
+def expand(match: Match, teachers: Mapping[str | None, nn.Module | CaptureSource], student: nn.Module) -> list[Match]:
     """One match for each pair of tensors that an entry names: itself with full paths, or several where it has wildcards.
 
     Raises:
@@ -76,8 +77,9 @@ def expand(match: Match, teachers: Mapping[str | None, nn.Module], student: nn.M
     if match.teacher_address is None:
         return [_at(match, None, address, index, len(ours), None) for index, address in enumerate(ours)]
     teacher_name = _teacher_name(match, teachers)
+    teacher = teachers[teacher_name]
     try:
-        found_teachers = resolve(teachers[teacher_name], match.teacher_address)
+        found_teachers = resolve(teacher if isinstance(teacher, nn.Module) else skeleton(teacher), match.teacher_address)
     except AddressError as error:
         raise MatchError(f"{match.label}: teacher: {error}") from error
     theirs = [_concrete(found, match.teacher_address) for found in found_teachers]
@@ -147,7 +149,7 @@ def _at(match: Match, teacher: Address | None, student: Address, index: int, cou
     return match.at(teacher, student, name=name, teacher_model=teacher_name)
 
 
-def _teacher_name(match: Match, teachers: Mapping[str | None, nn.Module]) -> str | None:
+def _teacher_name(match: Match, teachers: Mapping[str | None, object]) -> str | None:
     if not teachers:
         raise MatchError(f"{match.label}: the entry needs a teacher, but the distiller has none")
     known = [name for name in teachers if name is not None]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from .addresses import Address
+from .errors import HookDistillError
 from .matches import Match
 
 
@@ -46,10 +47,25 @@ class AdjustingSource(CaptureSource, Protocol):
         ...
 
 
-def skeleton(name: str, layers: Iterable[str]) -> nn.Module:
-    """A module that has submodules at these paths and does nothing, for `hookdistill.paths.resolve` to look into."""
-    root: nn.Module = type(name, (_Offered,), {})()
-    for path in layers:
+def adjusted(match: Match, sources: Mapping[str | None, CaptureSource]) -> Match:
+    """The match as the source of its teacher tensor says that it is to be read.
+
+    Raises:
+        HookDistillError: the source has nothing that would serve it; the message names the entry.
+    """
+    source = sources.get(match.teacher_model) if match.teacher_address is not None else None
+    if not isinstance(source, AdjustingSource):
+        return match
+    try:
+        return source.adjust(match)
+    except HookDistillError as error:
+        raise type(error)(f"{match.label}: {error}") from error
+
+
+def skeleton(source: CaptureSource) -> nn.Module:
+    """A module that has submodules where the source offers layers and does nothing, for addresses to be resolved in it."""
+    root: nn.Module = type(type(source).__name__, (_Offered,), {})()
+    for path in source.layers:
         module = root
         *parents, last = path.split(".") if path else [""]
         for parent in parents:
