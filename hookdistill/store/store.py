@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..addresses import Address, Selector, Step, parse
+from ..addresses import Address, Segment, Selector, Step, parse
 from ..batches import BatchAdaptor, BatchKey, has_item, pick
 from ..errors import StoreError, did_you_mean, listing
 from ..matches import Match
+from ..paths import resolve
+from ..sources import skeleton
 from .adjusting import LEAF, adjusted
 from .build import Options, Wanted, build
 from .codecs import Sampled, TopK
@@ -176,6 +178,8 @@ class TeacherStore:
         of which only some classes were kept, the others get the tail's mass in equal shares (``top_k=``) or none
         (``samples=``).
 
+        Wildcards stand for the tensors that are stored.
+
         Raises:
             StoreError: a tensor or a sample is not in the store, or a shard is damaged.
         """
@@ -183,7 +187,7 @@ class TeacherStore:
         samples, places = self._located(batch)
         device = self._device(batch)
         captured: dict[str, dict[str, Tensor]] = {}
-        for address in parsed:
+        for address in [each for pattern in parsed for each in self._expanded(pattern)]:
             stored, packed = self.stored(address)
             tensor = self._read(stored, samples, places, device, packed=packed)
             captured.setdefault(address.path, {})[address.key] = tensor
@@ -232,6 +236,18 @@ class TeacherStore:
             f"{listing(self.addresses)}. Build one with the matches that need it, or change the match"
         )
 
+    def _expanded(self, address: Address) -> list[Address]:
+        """The stored tensors that an address with wildcards names; one without names itself, by its full path."""
+        if address not in self._expansions:
+            paths = [found.path for found in resolve(skeleton(self), address)]
+            segments = [tuple(map(Segment, path.split("."))) if path else () for path in paths]
+            named = [Address(each, address.selector, address.call) for each in segments]
+            if address.several:
+                there = {stored.address.path for stored in self.manifest.settings.stored if same_tensor(stored.address, address)}
+                named = [each for each in named if each.path in there] or [address]
+            self._expansions[address] = named
+        return self._expansions[address]
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
@@ -246,6 +262,7 @@ class TeacherStore:
         self._index = Index(self.path / self.manifest.index.name)
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._checked: dict[tuple[int, str], bytearray] = {}
+        self._expansions: dict[Address, list[Address]] = {}
         self._touched = 0
         self._last: tuple[Any, Samples, Places] | None = None
 
