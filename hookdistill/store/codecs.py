@@ -225,7 +225,8 @@ class Sampled:
     def packed(self, parts: Mapping[str, Tensor]) -> Tensor:
         """What `hookdistill.losses.sampled_kl` reads: float32 ``[…, 2 · draws + 1]``."""
         neg_entropy = parts["#neg_entropy"].float()[..., None]
-        return torch.cat([self._weights(parts), parts["#ids"].float(), neg_entropy], -1)
+        packed = torch.cat([self._weights(parts), parts["#ids"].float(), neg_entropy], -1)
+        return packed.masked_fill_(neg_entropy.isnan(), NAN)
 
     def _weights(self, parts: Mapping[str, Tensor]) -> Tensor:
         weights = parts["#weights"].float()

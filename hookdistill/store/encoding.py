@@ -167,6 +167,6 @@ def _split(codec: Plain | Scaled | TopK | Sampled, group: _Rows) -> list[dict[st
                 sample[name] = array[flat_start : flat_ends[index]]
             else:
                 inner = shape[len(lead) :] if name == "" else array.shape[1:]
-                sample[name] = array[start:end].reshape(*lead, *inner)
+                sample[name] = array[start:end].reshape((*lead, *inner))
         result.append(sample)
     return result

@@ -20,7 +20,7 @@ from ..paths import resolve
 from ..sources import skeleton
 from .adjusting import LEAF, adjusted
 from .build import Options, Wanted, build
-from .codecs import Sampled, TopK
+from .codecs import Sampled, Scaled, TopK
 from .dtypes import Array
 from .fingerprint import teacher_facts, transforms_facts
 from .index import Index, Places
@@ -206,11 +206,7 @@ class TeacherStore:
     def kept(self, batch: Any, stored: Stored) -> Tensor:
         """``[batch, tokens]``: for which tokens of the batch there is a stored value."""
         samples, places = self._located(batch)
-        spans = self._spans(stored, samples, places)
-        valid = torch.zeros(len(samples), samples.tokens, dtype=torch.bool)
-        for row, span in zip(valid.numpy(), spans, strict=True):
-            row[span.positions()] = True
-        return valid.to(self._device(batch))
+        return _places(self._spans(stored, samples, places), samples.tokens).to(self._device(batch))
 
     def stored(self, address: Address) -> tuple[Stored, bool]:
         """What is stored under an address, and whether its kept classes alone are meant.
@@ -309,7 +305,12 @@ class TeacherStore:
         if packed:
             assert isinstance(codec, (TopK, Sampled))
             return codec.packed(parts)
-        return codec.decode(parts)
+        tensor = codec.decode(parts)
+        if isinstance(codec, Scaled) and spans is not None and len(stored.shape) - 1 in stored.token_dims:
+            # The scale is that of a whole row, of which only some tokens are there.
+            nowhere = ~_places(spans, samples.tokens).to(device)
+            tensor.masked_fill_(nowhere.view(len(spans), *[1] * (tensor.ndim - 2), -1), torch.nan)
+        return tensor
 
     def _spans(self, stored: Stored, samples: Samples, places: Places) -> list[Span]:
         spans = samples.spans
@@ -385,6 +386,14 @@ class TeacherStore:
 
 
 _verify = verify
+
+
+def _places(spans: Sequence[Span], tokens: int) -> Tensor:
+    """``[batch, tokens]``: which positions the spans are."""
+    valid = torch.zeros(len(spans), tokens, dtype=torch.bool)
+    for row, span in zip(valid.numpy(), spans, strict=True):
+        row[span.positions()] = True
+    return valid
 
 
 def _without_leaf(address: Address) -> Address | None:
