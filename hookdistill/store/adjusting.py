@@ -85,13 +85,22 @@ def _masked(match: Match, stored: Stored, store: TeacherStore) -> Any:
 def _for_kept_classes(match: Match, stored: Stored) -> dict[str, Any]:
     keep, spec = stored.keep, match.spec
     how = f"top_k={keep.top_k}" if keep.top_k is not None else f"samples={keep.samples}"
-    if spec.name not in ("kl", "top_k_tail_kl", "sampled_kl"):
+    arguments = dict(match.loss_args)
+    if spec.name == "top_k_kl" and keep.top_k is not None:
+        # The same divergence as on whole logits, as long as it is of the classes that were kept.
+        k, tail = arguments.pop("k", 64), arguments.pop("tail", True)
+        if k != keep.top_k or not tail:
+            raise StoreError(f"of {stored.name!r} the store has {how} and the tail, and the entry asks for k={k}, tail={tail}")
+    elif spec.name != "kl":
         raise StoreError(
             f"of {stored.name!r} the store has {how} of {stored.shape[-1]} classes, which serves the loss 'kl'; the loss "
             f"{spec.name!r} needs them all. Build the store without {how.split('=')[0]}="
         )
-    if match.loss_args:
-        raise StoreError(f"'kl' on kept classes takes no {listing(match.loss_args)}; classes are the last dimension")
+    if arguments:
+        raise StoreError(
+            f"{spec.name!r} on kept classes takes no {listing(arguments)}: classes are the last dimension, and mask= says "
+            "which tokens count"
+        )
     if match.temperature != keep.temperature:
         raise StoreError(
             f"of {stored.name!r} the classes were kept at temperature {keep.temperature:g}, and the entry has "
@@ -101,4 +110,4 @@ def _for_kept_classes(match: Match, stored: Stored) -> dict[str, Any]:
     selector = Selector(address.selector.word, (*address.selector.steps, Step("name", LEAF)), address.selector.short)
     leaf = Address(address.segments, selector, address.call)
     name = "top_k_tail_kl" if keep.top_k is not None else "sampled_kl"
-    return {"spec": loss_spec(name), "loss": name, "teacher_address": leaf}
+    return {"spec": loss_spec(name), "loss": name, "teacher_address": leaf, "loss_args": {}}

@@ -212,6 +212,8 @@ def _wanted(teacher: nn.Module, wanted: Wanted, options: Options) -> tuple[list[
         asked += [match.teacher_address for match in matches if match.teacher_address is not None]
     addresses: dict[Address, None] = {}
     for address in asked:
+        if address.call == "*":
+            raise StoreError(f"{str(address)!r} is a list of tensors; choose one call, as in @0 or @-1")
         for found in resolve(teacher, address):
             segments = tuple(map(Segment, found.path.split("."))) if found.path else ()
             addresses[Address(segments, address.selector, address.call)] = None

@@ -42,12 +42,10 @@ class Index:
             while place < len(self) and self.high[place] == high[number] and self.low[place] != wanted:
                 place += 1
             at[number] = place if place < len(self) and self.high[place] == high[number] else -1
-        found = at >= 0
-        return Places(
-            np.where(found, self.shard[at], -1) if len(self) else np.full(len(at), -1),
-            np.where(found, self.row[at], -1) if len(self) else np.full(len(at), -1),
-            self.inputs[at] if len(self) else np.zeros(len(at), np.uint64),
-        )
+        if not len(self):
+            return Places(np.full(len(at), -1), np.full(len(at), -1), np.zeros(len(at), np.uint64))
+        shards, rows = (np.where(at >= 0, column[at].astype(np.int64), -1) for column in (self.shard, self.row))
+        return Places(shards, rows, self.inputs[at])
 
 
 def write_index(path: Path, shards: Sequence[Shard]) -> int:

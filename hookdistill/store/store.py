@@ -184,11 +184,11 @@ class TeacherStore:
             StoreError: a tensor or a sample is not in the store, or a shard is damaged.
         """
         parsed = [each if isinstance(each, Address) else parse(each) for each in addresses]
+        wanted = [(address, *self.stored(address)) for pattern in parsed for address in self._expanded(pattern)]
         samples, places = self._located(batch)
         device = self._device(batch)
         captured: dict[str, dict[str, Tensor]] = {}
-        for address in [each for pattern in parsed for each in self._expanded(pattern)]:
-            stored, packed = self.stored(address)
+        for address, stored, packed in wanted:
             tensor = self._read(stored, samples, places, device, packed=packed)
             captured.setdefault(address.path, {})[address.key] = tensor
         return captured
@@ -239,7 +239,9 @@ class TeacherStore:
             segments = [tuple(map(Segment, path.split("."))) if path else () for path in paths]
             named = [Address(each, address.selector, address.call) for each in segments]
             if address.several:
-                there = {stored.address.path for stored in self.manifest.settings.stored if same_tensor(stored.address, address)}
+                there = {
+                    stored.address.path for stored in self.manifest.settings.stored if same_tensor(stored.address, address)
+                }
                 named = [each for each in named if each.path in there] or [address]
             self._expansions[address] = named
         return self._expansions[address]
@@ -355,7 +357,7 @@ class TeacherStore:
     def _described(self, index: int, samples: Samples, batch: Any) -> str:
         recognition = self.manifest.settings.recognition
         shown = []
-        for name in recognition.fields or recognition.inputs.values():
+        for name in recognition.fields or [each for each in recognition.inputs.values() if each != recognition.mask]:
             value = pick(batch, name)
             if isinstance(value, Tensor) and value.ndim == 2 and samples.spans is not None:
                 value = samples.spans[index].narrow(value[index], 0)[:6].tolist()

@@ -55,7 +55,7 @@ class Run:
         self.teacher = teacher
         self.addresses = addresses
         self.targets, self.masks, self.adaptor = targets, masks, adaptor
-        from_the_end = any((each.call or 0) != "*" and int(each.call or 0) < 0 for each in addresses)
+        from_the_end = any(isinstance(each.call, int) and each.call < 0 for each in addresses)
         self.capture = Capture(teacher, addresses, stop=not from_the_end and not is_compiled(teacher), detach=True)
         self.captured: Captured | None = None
 
@@ -132,9 +132,7 @@ def _recognised(run: Run, inputs: Inputs, batch: Any) -> dict[str, BatchKey]:
     return {name: name for name, value in items.items() if isinstance(value, Tensor) and name not in run.targets}
 
 
-def _stored(address: Address, tensor: Any, keep: Keep, token_dims: tuple[int, ...], count: int) -> Stored:
-    if not isinstance(tensor, Tensor):
-        raise StoreError("it is a list of tensors; choose one call, as in @-1")
+def _stored(address: Address, tensor: Tensor, keep: Keep, token_dims: tuple[int, ...], count: int) -> Stored:
     if not tensor.ndim or tensor.shape[0] != count:
         raise StoreError(f"its shape is {list(tensor.shape)}, whose first dimension is not that of the {count} samples")
     shape = tuple(tensor.shape[1:])
@@ -178,7 +176,7 @@ def _token_dims(
 
 
 def _followed(address: Address, tensor: Tensor, changed: Tensor, tokens: int, length: int) -> tuple[int, ...]:
-    if not isinstance(tensor, Tensor) or tensor.ndim != changed.ndim:
+    if tensor.ndim != changed.ndim:
         return ()
     dims = []
     for dim, (before, after) in enumerate(zip(tensor.shape[1:], changed.shape[1:], strict=True)):
