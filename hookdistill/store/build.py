@@ -106,9 +106,9 @@ def finish(folder: Path, settings: Settings) -> None:
         column_bytes=column_bytes,
         versions=versions(),
     ).write(folder)
-    for stale in folder.glob(NAME.format("*")):
-        if stale != path:
-            stale.unlink()
+    left_over = [stale for stale in folder.glob(NAME.format("*")) if stale != path]
+    for stale in (*left_over, *folder.rglob(".partial-*")):
+        stale.unlink()
 
 
 class _Pass:

@@ -31,7 +31,7 @@ def teacher_facts(teacher: nn.Module) -> dict[str, Any]:
     model = unwrap(teacher)
     config: Any = getattr(model, "config", None)
     return {
-        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "class": f"{_class_of(model).__module__}.{_class_of(model).__qualname__}",
         "parameters": sum(parameter.numel() for parameter in teacher.parameters()),
         "weights": _weights(teacher),
         "structure": _structure(teacher),
@@ -90,8 +90,13 @@ def _structure(model: nn.Module) -> str:
     lines = []
     for path, module in module_paths(model).items():
         inner = unwrap(module)
-        lines.append(f"{path} {type(inner).__name__} {_ADDRESS.sub('', inner.extra_repr())}")
+        lines.append(f"{path} {_class_of(inner).__name__} {_ADDRESS.sub('', inner.extra_repr())}")
     return _sha256("\n".join(lines).encode())
+
+
+def _class_of(module: nn.Module) -> type:
+    """The class of the user's module; FSDP2 puts one of its own in front."""
+    return next(each for each in type(module).__mro__ if not each.__module__.startswith("torch.distributed.fsdp"))
 
 
 def _described(transform: Any) -> str:
