@@ -161,12 +161,12 @@ def _rows(
         yield from [(f"{leaf.dtype}{list(leaf.shape)}", numbers.tobytes())] * count
         return
     rows = raw(leaf.detach().cpu().contiguous())
-    has_tokens = spans is not None and leaf.ndim > 1 and leaf.shape[1] == tokens
-    for index in range(count):
-        row = rows[index]
-        if has_tokens and spans is not None:
-            span = spans[index]
-            row = row[span.start : span.start + span.length] if span.index is None else row[span.index]
+    if spans is None or leaf.ndim < 2 or leaf.shape[1] != tokens:
+        kind = f"{leaf.dtype}{list(leaf.shape[1:])}"
+        yield from ((kind, row.tobytes()) for row in rows)
+        return
+    for row, span in zip(rows, spans, strict=True):
+        row = row[span.start : span.start + span.length] if span.index is None else row[span.index]
         yield f"{leaf.dtype}{list(row.shape)}", row.tobytes()
 
 

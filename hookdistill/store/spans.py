@@ -84,8 +84,9 @@ def padded(
     shape = list(samples[0].shape)
     for dim in token_dims:
         shape[dim] = tokens
-    if odd := next((each for each in samples if _differs(each.shape, shape, token_dims)), None):
-        raise StoreError(f"two samples of the batch have the stored shapes {list(samples[0].shape)} and {list(odd.shape)}")
+    odd = next((each for each in {sample.shape for sample in samples} if _differs(each, shape, token_dims)), None)
+    if odd is not None:
+        raise StoreError(f"two samples of the batch have the stored shapes {list(samples[0].shape)} and {list(odd)}")
     batch = torch.empty(len(samples), *shape, dtype=dtype)
     if spans is None or not token_dims:
         raw(batch)[:] = samples

@@ -286,11 +286,11 @@ class TeacherStore:
         return samples, places
 
     def _read(self, stored: Stored, samples: Samples, places: Places, device: torch.device, *, packed: bool) -> Tensor:
-        codec = stored.codec
+        codec, name = stored.codec, stored.name
+        columns = [(suffix, f"{name}{suffix}") for suffix in codec.parts]
         arrays: list[dict[str, Array]] = []
         for shard, row in zip(places.shards.tolist(), places.rows.tolist(), strict=True):
-            sample = {suffix: self._sample(shard, row, f"{stored.name}{suffix}") for suffix in codec.parts}
-            arrays.append(codec.spread(sample))
+            arrays.append(codec.spread({suffix: self._sample(shard, row, column) for suffix, column in columns}))
         spans = self._spans(stored, samples, places) if stored.token_dims else None
         parts = {}
         for suffix in arrays[0]:
@@ -300,7 +300,7 @@ class TeacherStore:
                 whole = padded([each[suffix] for each in arrays], spans, dims, samples.tokens, part.dtype, part.fill)
             except StoreError as error:
                 raise StoreError(
-                    f"{stored.name!r}: {error}. A mask would have cut off what differs between them; without one, batches must "
+                    f"{name!r}: {error}. A mask would have cut off what differs between them; without one, batches must "
                     "be of samples of one shape"
                 ) from error
             parts[suffix] = whole.to(device, non_blocking=True)
