@@ -42,25 +42,25 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console(width=None if Console().is_terminal else 130, highlight=False)
     folder = Path(tempfile.mkdtemp(prefix="hookdistill-store-", dir=options.folder))
+    asked = {"kills": options.kills, "large": options.large}
+    asked["rates"] = options.rates or not any(asked.values())
+    options.out.mkdir(parents=True, exist_ok=True)
     try:
-        if options.kills:
-            name, result = "store_kills", kills(options, folder, console)
-        elif options.large:
-            name, result = "store_large", large(options, folder, console)
-        else:
-            name, result = "store_rates", rates(options, folder, console)
+        for name, measure in (("kills", kills), ("large", large), ("rates", rates)):
+            if asked[name]:
+                result = {"conditions": conditions(), **measure(options, folder, console)}
+                path = options.out / f"store_{name}.json"
+                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                console.print(f"wrote {path}", soft_wrap=True)
+                if not all(row["identical"] for row in result.get("kills", [])):
+                    sys.exit("a store that was killed did not end as the one that was left alone")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{name}.json"
-    path.write_text(json.dumps({"conditions": conditions(), **result}, indent=1) + "\n", encoding="utf-8")
-    console.print(f"wrote {path}", soft_wrap=True)
-    if not all(row.get("identical", True) for row in result.get("kills", [])):
-        sys.exit("a store that was killed did not end as the one that was left alone")
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rates", action="store_true", help="rates beside kills and a large store; alone they need no word")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the store whose rates are measured")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kills", type=int, help="how often to kill a build")
