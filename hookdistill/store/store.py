@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from ..addresses import Address, Segment, Selector, Step, parse
 from ..batches import BatchAdaptor, BatchKey, has_item, pick
@@ -20,18 +21,13 @@ from ..paths import resolve
 from ..sources import skeleton
 from .adjusting import LEAF, adjusted
 from .build import Options, Wanted, build
-from .codecs import Sampled, Scaled, TopK
-from .dtypes import Array
 from .fingerprint import teacher_facts, transforms_facts
-from .index import Index, Places
+from .index import Places
 from .keep import same_tensor
 from .keys import AUGMENTED, Samples
 from .manifest import SHARDS, Manifest, Stored, check_transforms
+from .reading import KEPT, Reader, decoded
 from .report import check_size, verify
-from .shards import Shard
-from .spans import Span, padded
-
-_MOST_OPEN = 4096
 
 
 class TeacherStore:
@@ -185,13 +181,39 @@ class TeacherStore:
         """
         parsed = [each if isinstance(each, Address) else parse(each) for each in addresses]
         wanted = [(address, *self.stored(address)) for pattern in parsed for address in self._expanded(pattern)]
-        samples, places = self._located(batch)
-        device = self._device(batch)
+        parts = self._parts(batch, [stored for _, stored, _ in wanted])
         captured: dict[str, dict[str, Tensor]] = {}
         for address, stored, packed in wanted:
-            tensor = self._read(stored, samples, places, device, packed=packed)
-            captured.setdefault(address.path, {})[address.key] = tensor
+            captured.setdefault(address.path, {})[address.key] = decoded(stored, parts[stored.name], packed=packed)
         return captured
+
+    def collated(
+        self, collate_fn: Callable[[Any], Any] | None = None, addresses: Sequence[Address | str] | None = None
+    ) -> Collated:
+        """A ``collate_fn`` that reads the store where batches are made: in the workers of a ``DataLoader``.
+
+        The batch must be a dict, and gets one item more; `captures` takes from there what it would have to read otherwise.
+        Inputs must not be changed afterwards: the store does not look at them again.
+
+        Args:
+            collate_fn: makes the batch; default: torch's ``default_collate``.
+            addresses: what to read; default: all that is stored.
+        """
+        wanted = self.addresses if addresses is None else addresses
+        parsed = [each if isinstance(each, Address) else parse(each) for each in wanted]
+        names = [self.stored(address)[0].name for pattern in parsed for address in self._expanded(pattern)]
+        return Collated(self, collate_fn or default_collate, tuple(dict.fromkeys(names)))
+
+    def parts_of(self, batch: Any, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+        """For each stored tensor by name, its parts for this batch, still encoded."""
+        samples, places = self._located(batch)
+        stored = {each.name: each for each in self.manifest.settings.stored}
+        return {name: self._reader.parts(stored[name], samples, places) for name in names}
+
+    @property
+    def item(self) -> str:
+        """The item of a batch under which `collated` puts what it has read; no parameter of any model has such a name."""
+        return f"teacher store {self.manifest.index.data[:12]}"
 
     def adjust(self, match: Match) -> Match:
         """A match, with the loss and the mask that fit what was stored of its teacher tensor.
@@ -205,8 +227,11 @@ class TeacherStore:
 
     def kept(self, batch: Any, stored: Stored) -> Tensor:
         """``[batch, tokens]``: for which tokens of the batch there is a stored value."""
-        samples, places = self._located(batch)
-        return _places(self._spans(stored, samples, places), samples.tokens).to(self._device(batch))
+        if stored.keep.tokens is not None:
+            return self._parts(batch, [stored])[stored.name][KEPT]
+        mask = self.manifest.settings.recognition.mask
+        assert mask is not None
+        return torch.as_tensor(pick(batch, mask)) != 0
 
     def stored(self, address: Address) -> tuple[Stored, bool]:
         """What is stored under an address, and whether its kept classes alone are meant.
@@ -231,6 +256,16 @@ class TeacherStore:
             f"the store {self.path} holds no {str(address)!r} of its teacher {teacher}.{hint} It holds "
             f"{listing(self.addresses)}. Build one with the matches that need it, or change the match"
         )
+
+    def _parts(self, batch: Any, stored: Sequence[Stored]) -> dict[str, dict[str, Tensor]]:
+        """The parts of these tensors on the device of the batch, from where `collated` has put them or else from the shards."""
+        names = list(dict.fromkeys(each.name for each in stored))
+        there = batch[self.item] if isinstance(batch, Mapping) and self.item in batch else {}
+        missing = [name for name in names if name not in there]
+        read = self.parts_of(batch, missing) if missing else {}
+        device = self._device(batch)
+        parts = {name: there[name] if name in there else read[name] for name in names}
+        return {name: {key: part.to(device, non_blocking=True) for key, part in each.items()} for name, each in parts.items()}
 
     def _expanded(self, address: Address) -> list[Address]:
         """The stored tensors that an address with wildcards names; one without names itself, by its full path."""
@@ -257,95 +292,26 @@ class TeacherStore:
         return f"TeacherStore({str(self.path)!r}, {len(self):,} samples of {listing(self.addresses)})"
 
     def _start(self) -> None:
-        self._index = Index(self.path / self.manifest.index.name)
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
-        self._checked: dict[tuple[int, str], bytearray] = {}
+        self._reader = Reader(self.path, self.manifest, self.resident_bytes)
         self._expansions: dict[Address, list[Address]] = {}
-        self._touched = 0
-        self._last: tuple[Any, Samples, Places] | None = None
 
     def _located(self, batch: Any) -> tuple[Samples, Places]:
-        if self._last is not None and self._last[0] is batch:
-            return self._last[1:]
         recognition = self.manifest.settings.recognition
         samples = recognition.of(batch, hashed=self.check_inputs)
-        places = self._index.find(samples.keys)
+        places = self._reader.index.find(samples.keys)
         for missing in np.flatnonzero(places.shards < 0).tolist():
             raise StoreError(self._unknown(missing, samples, batch))
         if recognition.fields and self.check_inputs:
             for other in np.flatnonzero(places.inputs != np.array(samples.inputs, np.uint64)).tolist():
                 raise StoreError(self._changed(other, samples, batch))
-        for index, span in enumerate(samples.spans or ()):
-            length = int(self._shard(int(places.shards[index])).tokens[places.rows[index]])
-            if length != span.length:
-                raise StoreError(
-                    f"sample {index} of the batch ({self._described(index, samples, batch)}) has {span.length} tokens, and the "
-                    f"teacher saw {length}: it was cut or tokenised otherwise"
-                )
-        self._last = (batch, samples, places)
+        if samples.spans is not None:
+            for index, (span, length) in enumerate(zip(samples.spans, self._reader.tokens(places), strict=True)):
+                if length != span.length:
+                    raise StoreError(
+                        f"sample {index} of the batch ({self._described(index, samples, batch)}) has {span.length} tokens, and "
+                        f"the teacher saw {length}: it was cut or tokenised otherwise"
+                    )
         return samples, places
-
-    def _read(self, stored: Stored, samples: Samples, places: Places, device: torch.device, *, packed: bool) -> Tensor:
-        codec, name = stored.codec, stored.name
-        columns = [(suffix, f"{name}{suffix}") for suffix in codec.parts]
-        arrays: list[dict[str, Array]] = []
-        for shard, row in zip(places.shards.tolist(), places.rows.tolist(), strict=True):
-            arrays.append(codec.spread({suffix: self._sample(shard, row, column) for suffix, column in columns}))
-        spans = self._spans(stored, samples, places) if stored.token_dims else None
-        parts = {}
-        for suffix in arrays[0]:
-            part = codec.parts[suffix]
-            dims = [dim for dim in stored.token_dims if dim < arrays[0][suffix].ndim]
-            try:
-                whole = padded([each[suffix] for each in arrays], spans, dims, samples.tokens, part.dtype, part.fill)
-            except StoreError as error:
-                raise StoreError(
-                    f"{name!r}: {error}. A mask would have cut off what differs between them; without one, batches must "
-                    "be of samples of one shape"
-                ) from error
-            parts[suffix] = whole.to(device, non_blocking=True)
-        if packed:
-            assert isinstance(codec, (TopK, Sampled))
-            return codec.packed(parts)
-        tensor = codec.decode(parts)
-        if isinstance(codec, Scaled) and spans is not None and len(stored.shape) - 1 in stored.token_dims:
-            # The scale is that of a whole row, of which only some tokens are there.
-            nowhere = ~_places(spans, samples.tokens).to(device)
-            tensor.masked_fill_(nowhere.view(len(spans), *[1] * (tensor.ndim - 2), -1), torch.nan)
-        return tensor
-
-    def _spans(self, stored: Stored, samples: Samples, places: Places) -> list[Span]:
-        spans = samples.spans
-        assert spans is not None
-        if stored.keep.tokens is None:
-            return spans
-        column = f"{stored.name}#positions"
-        located = zip(spans, places.shards.tolist(), places.rows.tolist(), strict=True)
-        return [span.only(self._sample(shard, row, column)) for span, shard, row in located]
-
-    def _sample(self, number: int, row: int, column: str) -> Array:
-        shard = self._shard(number)
-        array = shard.sample(column, row)
-        checked = self._checked.get((number, column))
-        if checked is None:
-            checked = self._checked[number, column] = bytearray(len(shard) // 8 + 1)
-        if not checked[row >> 3] >> (row & 7) & 1:
-            shard.check(column, row, array)
-            checked[row >> 3] |= 1 << (row & 7)
-        self._touched += array.nbytes
-        if self._touched > self.resident_bytes:
-            self._touched = 0
-            for each in self._shards.values():
-                each.file.forget()
-        return array
-
-    def _shard(self, number: int) -> Shard:
-        shard = self._shards.get(number)
-        if shard is None:
-            shard = self._shards[number] = Shard(self.path / SHARDS / self.manifest.shards[number].name)
-            if len(self._shards) > _MOST_OPEN:
-                self._shards.popitem(last=False)
-        return shard
 
     def _device(self, batch: Any) -> torch.device:
         recognition = self.manifest.settings.recognition
@@ -390,12 +356,22 @@ class TeacherStore:
 _verify = verify
 
 
-def _places(spans: Sequence[Span], tokens: int) -> Tensor:
-    """``[batch, tokens]``: which positions the spans are."""
-    valid = torch.zeros(len(spans), tokens, dtype=torch.bool)
-    for row, span in zip(valid.numpy(), spans, strict=True):
-        row[span.positions()] = True
-    return valid
+@dataclass(frozen=True, slots=True)
+class Collated:
+    """Makes batches and reads what a store has for them; goes to the workers of a loader, where it opens the store anew."""
+
+    store: TeacherStore
+    collate_fn: Callable[[Any], Any]
+    names: tuple[str, ...]
+
+    def __call__(self, samples: Any) -> Any:
+        batch = self.collate_fn(samples)
+        if not isinstance(batch, MutableMapping):
+            raise StoreError(
+                f"TeacherStore.collated needs a collate_fn that returns a dict, and it returned {type(batch).__name__}"
+            )
+        batch[self.store.item] = self.store.parts_of(batch, self.names)
+        return batch
 
 
 def _without_leaf(address: Address) -> Address | None:

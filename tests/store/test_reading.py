@@ -17,7 +17,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from hookdistill import Keep, StoreError, TeacherStore
+from hookdistill import Distiller, Keep, Match, StoreError, TeacherStore
 from pairs import ConvNet, Mlp, Reader, pictures, points, seeded
 from store_zoo import batches, flat, live, padded, sentences
 
@@ -274,3 +274,52 @@ def test_token_dimensions_can_be_said(tmp_path):
     valid = batch["attention_mask"].bool()
     assert torch.equal(read[valid], teacher.embed(batch["input_ids"])[valid])
     assert bool(read[~valid].isnan().all())
+
+
+class Anything(Reader):
+    """Takes every keyword that it is given."""
+
+    def forward(self, **inputs):
+        assert set(inputs) <= {"input_ids", "attention_mask"}, set(inputs)
+        return super().forward(**inputs)
+
+
+def test_the_workers_of_a_loader_read(tmp_path, monkeypatch):
+    teacher, samples = seeded(Reader), sentences(12)
+    matches = [
+        Match("layers.0", "layers.0", mask="attention_mask"),
+        Match("layers.1", "layers.1", mask="attention_mask"),
+        Match(":logits", ":logits", loss="kl", mask="attention_mask"),
+    ]
+    keep = {"layers.0": "int8", "layers.1": Keep(tokens=[0]), ":logits": Keep(samples=5)}
+    store = TeacherStore.build(tmp_path, teacher, matches, batches(samples), keep=keep, progress=False)
+    student = seeded(Anything, seed=3)
+    expected = [float(Distiller(store, student, matches)(batch).total.detach()) for batch in batches(samples, 5)]
+    loader = DataLoader(samples, 5, num_workers=2, collate_fn=store.collated(padded))
+    distiller = Distiller(store, student, matches)
+    found = []
+    for batch in loader:
+        monkeypatch.setattr(TeacherStore, "parts_of", lambda *_: pytest.fail("read in the main process"))
+        distiller.plan(batch)
+        found.append(float(distiller(batch).total.detach()))
+    assert found == expected
+    monkeypatch.undo()
+    some = next(iter(DataLoader(samples, 5, collate_fn=store.collated(padded, ["layers.0"]))))
+    assert list(some[store.item]) == ["layers.0"]
+    assert float(Distiller(store, student, matches)(some).total.detach()) == expected[0]
+    with pytest.raises(StoreError, match="sample 0 of the batch"):
+        next(iter(DataLoader([torch.tensor([1, 1, 1, 1])], num_workers=1, collate_fn=store.collated(padded))))
+    with pytest.raises(StoreError, match="needs a collate_fn that returns a dict, and it returned list"):
+        store.collated(lambda rows: rows)([1])
+
+
+def test_a_batch_that_is_changed_in_place_is_looked_up_anew(tmp_path):
+    teacher, samples = seeded(Reader), sentences(8)
+    store = TeacherStore.build(tmp_path, teacher, ["layers.0"], batches(samples), progress=False)
+    batch, other = padded(samples[:4], length=7), padded(samples[4:], length=7)
+    store.captures(batch, ["layers.0"])
+    for name, tensor in batch.items():
+        tensor.copy_(other[name])
+    valid = batch["attention_mask"].bool()
+    read = store.captures(batch, ["layers.0"])["layers.0"]["output"]
+    torch.testing.assert_close(read[valid], live(teacher, other, ["layers.0"])["layers.0", "output"][valid])
