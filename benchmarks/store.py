@@ -4,6 +4,7 @@
     python benchmarks/store.py --kills 20      builds killed with SIGKILL at random moments; exit code 1 unless every store ends
                                                byte for byte as one that was left alone
     python benchmarks/store.py --large 24      a store of so many gigabytes, read at random while memory and rate are watched
+    python benchmarks/store.py --quality 10    what lossy formats cost in accuracy on the digits of the quickstart, by seed
 
 Prints tables and writes store_*.json to --out. Nothing is downloaded. The disk is the one of --folder; what is written there
 is deleted at the end. "cold" means that the system was asked to drop the files from its cache before.
@@ -42,11 +43,11 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console(width=None if Console().is_terminal else 130, highlight=False)
     folder = Path(tempfile.mkdtemp(prefix="hookdistill-store-", dir=options.folder))
-    asked = {"kills": options.kills, "large": options.large}
+    asked = {"kills": options.kills, "large": options.large, "quality": options.quality}
     asked["rates"] = options.rates or not any(asked.values())
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        for name, measure in (("kills", kills), ("large", large), ("rates", rates)):
+        for name, measure in (("kills", kills), ("large", large), ("quality", quality), ("rates", rates)):
             if asked[name]:
                 result = {"conditions": conditions(), **measure(options, folder, console)}
                 path = options.out / f"store_{name}.json"
@@ -66,6 +67,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, help="how often to kill a build")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--large", type=float, help="gigabytes of the large store")
+    parser.add_argument("--quality", type=int, help="how many seeds to train with each format")
     parser.add_argument("--seconds", type=float, default=300.0, help="how long the large store is read")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: that of temporary files")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the JSON")
@@ -184,6 +186,29 @@ def large(options: argparse.Namespace, folder: Path, console: Console) -> Row:
         ],
     )
     return {"index": index, "built": built, "opened": opened, "windows": rows}
+
+
+def quality(options: argparse.Namespace, folder: Path, console: Console) -> Row:
+    import _store_quality
+
+    rows = _store_quality.quality(folder, options.quality)
+    show(
+        console,
+        f"accuracy on 600 held-out digits, %, {options.quality} seeds; difference from the live teacher's student, by seed",
+        ("kept", "bytes/sample", "mean", "sd", "difference", "standard error"),
+        [
+            (
+                row["kept"],
+                "" if row["bytes_per_sample"] is None else f"{row['bytes_per_sample']:,.0f}",
+                f"{row['mean']:.2f}",
+                f"{row['sd']:.2f}",
+                f"{row['difference']:+.2f}",
+                f"{row['standard_error']:.2f}",
+            )
+            for row in rows
+        ],
+    )
+    return {"quality": rows}
 
 
 def show(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -63,7 +63,7 @@ class Filling:
         self.inputs.append(inputs)
         self.tokens.append(tokens)
         for name in self.names:
-            self.arrays[name].append(np.ascontiguousarray(arrays[name]))
+            self.arrays[name].append(np.asarray(arrays[name], order="C"))
         self.bytes += size_of(arrays)
 
     def write(self, path: Path, metadata: Mapping[str, str]) -> None:

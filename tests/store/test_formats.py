@@ -279,3 +279,16 @@ def test_keep_from_plain_values_and_back():
         as_keep({"topk": 3})
     with pytest.raises(StoreError, match="got int"):
         as_keep(3)
+
+
+@pytest.mark.parametrize("keep", [Keep("int8"), Keep("float8"), Keep(top_k=2), Keep(samples=200)], ids=str)
+def test_one_row_of_logits_for_each_sample(tmp_path, keep):
+    teacher, batch = seeded(Mlp).eval(), {"x": points()["x"]}
+    store = TeacherStore.build(tmp_path, teacher, ["head"], [batch], keep=keep, progress=False)
+    read, made = store.captures(batch, ["head"])["head"]["output"], teacher(batch["x"])
+    assert read.shape == made.shape
+    torch.testing.assert_close(read.softmax(-1), made.softmax(-1), rtol=0, atol=0.12)
+    if keep.sparse:
+        packed = store.captures(batch, ["head:output.kept_classes"])["head"]["output.kept_classes"]
+        assert packed.shape == (5, 2 * (keep.top_k or keep.samples) + 1)
+        assert bool(losses.registered_losses()["top_k_tail_kl" if keep.top_k else "sampled_kl"].function(made, packed) < 0.05)
