@@ -196,6 +196,21 @@ def test_kl_on_kept_classes(tmp_path, keep, loss):
         Distiller(store, student, [Match(":logits", ":logits", loss="kl", temperature=2.0, dim=1, **MASKED)])
 
 
+def test_logits_that_a_live_teacher_would_not_make_are_read_whole(tmp_path, monkeypatch):
+    from hookdistill import head_choice
+
+    monkeypatch.setattr(head_choice, "FUSED_FROM", 0)
+    teacher, student = readers()
+    batch = padded(sentences(6))
+    matches = [Match(":logits", ":logits", loss="kl", **MASKED)]
+    store = TeacherStore.build(tmp_path, teacher, matches, [batch], progress=False)
+    live, read = Distiller(teacher, student, matches), Distiller(store, student, matches)
+    assert "head" in live.plan(batch).rows[0].implementation and "head" not in read.plan(batch).rows[0].implementation
+    torch.testing.assert_close(read(batch).total, live(batch).total)
+    with pytest.raises(MatchError, match="head='fused', but the teacher is no module"):
+        Distiller(store, student, matches, head="fused").plan(batch)
+
+
 class Remote:
     """A teacher that answers calls."""
 
