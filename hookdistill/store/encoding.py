@@ -21,6 +21,9 @@ from .keys import Samples
 from .manifest import Stored
 from .spans import Span, unpadded
 
+_BLOCK = 1 << 24
+"""Numbers of a block of distributions: 128 MB in float64."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
@@ -101,8 +104,10 @@ def _encode(stored: Stored, tensor: Tensor, samples: Samples, batch: Any, seed: 
         each = [sample.index_select(-1, indices) for sample in each]
     leads = [_lead(stored, sample.shape) for sample in each]
     widths = [math.prod(sample.shape[len(lead) :]) for sample, lead in zip(each, leads, strict=True)]
-    # Rows of one width are encoded together; attention maps of samples of different length are not.
-    groups = [range(len(each))] if len(set(widths)) == 1 else [range(i, i + 1) for i in range(len(each))]
+    # Rows of one width are encoded together; attention maps of samples of different length are not, nor are logits, of which
+    # a joined copy would be large.
+    together = len(set(widths)) == 1 and not stored.keep.sparse
+    groups = [range(len(each))] if together else [range(i, i + 1) for i in range(len(each))]
     codec = stored.codec
     encoded = []
     for group in groups:
@@ -111,9 +116,19 @@ def _encode(stored: Stored, tensor: Tensor, samples: Samples, batch: Any, seed: 
         if isinstance(codec, Sampled):
             drawn = [_draws(samples.keys[i], stored.name, seed, math.prod(leads[i]), codec.draws) for i in group]
             draws = torch.from_numpy(np.concatenate(drawn))
-        parts = {name: _to_host(part) for name, part in codec.encode(rows, draws).items()}
+        parts = {name: _to_host(part) for name, part in _in_blocks(codec, rows, draws).items()}
         encoded.append(_Rows(parts, [tuple(each[i].shape) for i in group], [leads[i] for i in group]))
     return Encoded(stored, encoded, positions)
+
+
+def _in_blocks(codec: Plain | Scaled | TopK | Sampled, rows: Tensor, draws: Tensor | None) -> dict[str, Tensor]:
+    """The rows encoded; distributions in blocks, since what is computed on the way is several times as large as they are."""
+    block = max(1, _BLOCK // max(1, rows.shape[-1]))
+    if not isinstance(codec, (TopK, Sampled)) or len(rows) <= block:
+        return codec.encode(rows, draws)
+    chunks = zip(torch.split(rows, block), [None] * len(rows) if draws is None else torch.split(draws, block), strict=False)
+    parts = [codec.encode(*chunk) for chunk in chunks]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _check(stored: Stored, tensor: Tensor, samples: Samples) -> None:

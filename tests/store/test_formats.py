@@ -12,7 +12,7 @@ from hookdistill import Keep, StoreError, TeacherStore, losses
 from hookdistill.store.codecs import Plain, Sampled, Scaled, TopK, codec_for
 from hookdistill.store.dtypes import TAGS, cooked, raw
 from pairs import Mlp, Reader, points, seeded
-from store_zoo import batches, live, padded, sentences
+from store_zoo import batches, contents, live, padded, sentences
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -292,3 +292,14 @@ def test_one_row_of_logits_for_each_sample(tmp_path, keep):
         packed = store.captures(batch, ["head:output.kept_classes"])["head"]["output.kept_classes"]
         assert packed.shape == (5, 2 * (keep.top_k or keep.samples) + 1)
         assert bool(losses.registered_losses()["top_k_tail_kl" if keep.top_k else "sampled_kl"].function(made, packed) < 0.05)
+
+
+@pytest.mark.parametrize("keep", [Keep(top_k=3), Keep(samples=6), Keep(samples=6, proposal=0.5)], ids=str)
+def test_in_blocks_as_whole(tmp_path, monkeypatch, keep):
+    from hookdistill.store import encoding
+
+    teacher, samples = seeded(Reader), sentences(5)
+    for name, block in (("whole", 10**6), ("blocks", 12)):
+        monkeypatch.setattr(encoding, "_BLOCK", block)
+        TeacherStore.build(tmp_path / name, teacher, [":logits"], batches(samples), keep=keep, progress=False)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "blocks")
