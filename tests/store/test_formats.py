@@ -232,6 +232,14 @@ def test_draws_depend_on_the_sample_alone(tmp_path):
     weights = first[valid][:, :15]
     torch.testing.assert_close(weights.sum(-1), torch.ones(len(weights)))
     assert bool(first[~valid].isnan().all())
+    # Samples that begin with the same token, of which this teacher makes the same logits, have draws of their own.
+    alike = [
+        torch.equal(first[row, 0], first[other, 0])
+        for row in range(8)
+        for other in range(row)
+        if batch["input_ids"][row, 0] == batch["input_ids"][other, 0]
+    ]
+    assert alike and not all(alike)
 
 
 def test_the_dense_view_of_sparse_logits(tmp_path):
