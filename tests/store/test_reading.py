@@ -137,6 +137,16 @@ def test_lengths_that_differ_between_batches_without_a_mask(tmp_path):
         assert all(torch.equal(read[key], expected[key]) for key in expected)
 
 
+def test_the_width_of_token_ids_and_the_kind_of_mask_do_not_matter(tmp_path):
+    teacher, batch = seeded(Reader), padded(sentences(4))
+    store = TeacherStore.build(tmp_path, teacher, ["layers.0"], [batch], progress=False)
+    expected = store.captures(batch, ["layers.0"])["layers.0"]["output"]
+    for mask in (batch["attention_mask"].bool(), batch["attention_mask"].float()):
+        other = {"input_ids": batch["input_ids"].int(), "attention_mask": mask}
+        read = store.captures(other, ["layers.0"])["layers.0"]["output"]
+        assert torch.equal(read[mask.bool()], expected[mask.bool()])
+
+
 def test_mask_none_keeps_the_padding(tmp_path):
     teacher, batch = seeded(Reader), padded(sentences(4), length=7)
     store = TeacherStore.build(tmp_path, teacher, ["layers.0"], [batch], mask=None, progress=False)
