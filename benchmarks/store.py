@@ -94,13 +94,13 @@ def rates(options: argparse.Namespace, folder: Path, console: Console) -> Row:
     show(
         console,
         f"{disk[0]['gigabytes']:.2f} GB: seven float32 hidden states of 768 for {disk[0]['samples']:,} samples",
-        ("", "MB/s", "lowest..highest", "samples/s", "share of plain I/O"),
+        ("", "MB/s", "lowest..highest", "MB per CPU s", "share of plain I/O"),
         [
             (
                 row["what"],
                 f"{median(row['mb_per_s']):,.0f}",
                 f"{min(row['mb_per_s']):,.0f}..{max(row['mb_per_s']):,.0f}",
-                f"{row['samples_per_s']:,.0f}",
+                f"{row['mb_per_cpu_s']:,.0f}",
                 "" if row["share_of_plain"] is None else f"{row['share_of_plain']:.2f}",
             )
             for row in disk
@@ -159,6 +159,10 @@ def kills(options: argparse.Namespace, folder: Path, console: Console) -> Row:
 
 
 def large(options: argparse.Namespace, folder: Path, console: Console) -> Row:
+    built = _store_large.build(folder / "large", options.large)
+    console.print(", ".join(f"{name} {value:,.1f}" for name, value in built.items()), soft_wrap=True)
+    opened, rows = _store_large.read(folder / "large", options.seconds, options.seconds / 20)
+    console.print(", ".join(f"{name} {value:,.1f}" for name, value in opened.items()), soft_wrap=True)
     index = _store_large.index_rows(folder, [10**3, 10**4] if options.quick else [10**4, 10**5, 10**6, 10**7, 3 * 10**7])
     show(
         console,
@@ -166,19 +170,16 @@ def large(options: argparse.Namespace, folder: Path, console: Console) -> Row:
         ("samples", "MB", "open ms", "find 32 ms"),
         [(f"{r['samples']:,}", f"{r['megabytes']:,.1f}", f"{r['open_ms']:.2f}", f"{r['find_32_ms']:.1f}") for r in index],
     )
-    built = _store_large.build(folder / "large", options.large)
-    console.print(", ".join(f"{name} {value:,.1f}" for name, value in built.items()), soft_wrap=True)
-    opened, rows = _store_large.read(folder / "large", options.seconds, options.seconds / 20)
-    console.print(", ".join(f"{name} {value:,.1f}" for name, value in opened.items()), soft_wrap=True)
     show(
         console,
         "random samples, batches of 32",
-        ("after s", "samples/s", "MB/s", "anonymous MB", "of files MB"),
+        ("after s", "samples/s", "MB/s", "MB per CPU s", "anonymous MB", "of files MB"),
         [
             (
                 f"{row['seconds']:.0f}",
                 f"{row['samples_per_s']:,.0f}",
                 f"{row['mb_per_s']:,.0f}",
+                f"{row['mb_per_cpu_s']:,.0f}",
                 f"{row['rss_anonymous_mb']:,.0f}",
                 f"{row['rss_files_mb']:,.0f}",
             )
@@ -194,7 +195,7 @@ def quality(options: argparse.Namespace, folder: Path, console: Console) -> Row:
     rows = _store_quality.quality(folder, options.quality)
     show(
         console,
-        f"accuracy on 600 held-out digits, %, {options.quality} seeds; difference from the live teacher's student, by seed",
+        f"accuracy on 600 held-out digits, %, {options.quality} seeds; difference from the live teacher",
         ("kept", "bytes/sample", "mean", "sd", "difference", "standard error"),
         [
             (

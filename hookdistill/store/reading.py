@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,19 @@ class Reader:
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._checked: dict[tuple[int, str], bytearray] = {}
         self._touched = 0
+        self._fits = 2 * sum(shard.bytes for shard in manifest.shards) < _memory()
+
+    def soon(self, stored: Sequence[Stored], places: Places) -> None:
+        """Let the system begin to read the samples that it has to get from the disk, all at once.
+
+        A page fault for every few pages, one after the other, is ten times slower.
+        """
+        columns = [column for each in stored for column in each.columns]
+        for number, row in zip(places.shards.tolist(), places.rows.tolist(), strict=True):
+            shard = self._shard(number)
+            for column in columns:
+                if not self._fits or not self._was_read(number, column, row):
+                    shard.soon(column, row)
 
     def tokens(self, places: Places) -> list[int]:
         """How many valid tokens each sample has."""
@@ -78,18 +92,19 @@ class Reader:
     def _sample(self, number: int, row: int, column: str) -> Array:
         shard = self._shard(number)
         array = shard.sample(column, row)
-        checked = self._checked.get((number, column))
-        if checked is None:
-            checked = self._checked[number, column] = bytearray(len(shard) // 8 + 1)
-        if not checked[row >> 3] >> (row & 7) & 1:
+        if not self._was_read(number, column, row):
             shard.check(column, row, array)
-            checked[row >> 3] |= 1 << (row & 7)
+            self._checked.setdefault((number, column), bytearray(len(shard) // 8 + 1))[row >> 3] |= 1 << (row & 7)
         self._touched += array.nbytes
         if self._touched > self.resident_bytes:
             self._touched = 0
             for each in self._shards.values():
                 each.file.forget()
         return array
+
+    def _was_read(self, number: int, column: str, row: int) -> bool:
+        checked = self._checked.get((number, column))
+        return checked is not None and bool(checked[row >> 3] >> (row & 7) & 1)
 
     def _shard(self, number: int) -> Shard:
         shard = self._shards.get(number)
@@ -98,6 +113,14 @@ class Reader:
             if len(self._shards) > _MOST_OPEN:
                 self._shards.popitem(last=False)
         return shard
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine; 0 where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def decoded(stored: Stored, parts: dict[str, Tensor], *, packed: bool) -> Tensor:

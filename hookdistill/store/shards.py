@@ -37,6 +37,9 @@ from .dtypes import Array, dtype_of, raw_dtype, tag_of
 KEY_BYTES = 16
 FORMAT = "hookdistill-shard-1"
 
+_WORTH_ASKING = 16 * 1024
+"""Bytes of a sample from which on it is read faster when the system is told beforehand; less comes with one page fault."""
+
 
 class Filling:
     """A shard that is being filled, in memory.
@@ -118,6 +121,15 @@ class Shard:
         array = values[int(offsets[row]) : int(offsets[row + 1])]
         return array if shapes is None else array.reshape([int(size) for size in shapes[row]])
 
+    def soon(self, column: str, row: int) -> None:
+        """Let the system begin to read a sample, so that it is there when it is looked at."""
+        values, offsets, _, _ = self._column(column)
+        start, end = (row, row + 1) if offsets is None else (int(offsets[row]), int(offsets[row + 1]))
+        width = values.strides[0]
+        if (end - start) * width >= _WORTH_ASKING:
+            at = self.file.entries[column].range[0]
+            self.file.soon(at + start * width, at + end * width)
+
     def check(self, column: str, row: int, array: Array) -> None:
         """Raise a `StoreError` unless the bytes of a sample are those that were written."""
         expected = int(self._crc[row, self._column(column)[3]])
@@ -179,6 +191,12 @@ class Mapped:
             return np.empty(entry.shape, dtype)
         assert self.map is not None
         return np.frombuffer(self.map, dtype, count, entry.range[0]).reshape(entry.shape)
+
+    def soon(self, start: int, end: int) -> None:
+        """Let the system begin to read these bytes."""
+        start -= start % mmap.ALLOCATIONGRANULARITY
+        if self.map is not None and hasattr(self.map, "madvise"):
+            self.map.madvise(mmap.MADV_WILLNEED, start, end - start)
 
     def forget(self) -> None:
         """Let the pages that were read go, as far as this process is concerned."""

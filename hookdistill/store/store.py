@@ -208,6 +208,7 @@ class TeacherStore:
         """For each stored tensor by name, its parts for this batch, still encoded."""
         samples, places = self._located(batch)
         stored = {each.name: each for each in self.manifest.settings.stored}
+        self._reader.soon([stored[name] for name in names], places)
         return {name: self._reader.parts(stored[name], samples, places) for name in names}
 
     @property
