@@ -76,7 +76,7 @@ def build(folder: Path, teacher: nn.Module, wanted: Wanted, loader: Iterable[Any
                 rank=processes.rank,
                 number=number,
                 columns=settings.columns,
-                metadata={"settings": settings.hash, "processes": str(processes.count)},
+                metadata={"settings": settings.hash},
                 shard_bytes=options.shard_bytes,
             )
             with _Progress(loader, processes, is_own=divided, enabled=options.progress) as progress, writer:
@@ -268,12 +268,9 @@ def _written(folder: Path, settings: Settings, processes: Processes) -> tuple[in
         shard = Shard(path)
         if shard.metadata.get("settings") != settings.hash:
             raise StoreError(f"{path} is a shard of another build; delete it, or build the store in another folder")
-        mine = path.name.startswith(own)
-        if mine:
+        if path.name.startswith(own):
             number = max(number, int(path.name[len(own) :].split(".")[0]) + 1)
-        # With as many processes as before each goes on with its own part, as if it had never been interrupted.
-        if mine or shard.metadata.get("processes") != str(processes.count):
-            done.add([key.tobytes() for key in shard.keys])
+        done.add([key.tobytes() for key in shard.keys])
     for partial in (folder / SHARDS).glob(f".partial-{own}*"):
         partial.unlink()
     return number, done

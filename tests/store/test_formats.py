@@ -311,3 +311,31 @@ def test_in_blocks_as_whole(tmp_path, monkeypatch, keep):
         monkeypatch.setattr(encoding, "_BLOCK", block)
         TeacherStore.build(tmp_path / name, teacher, [":logits"], batches(samples), keep=keep, progress=False)
     assert contents(tmp_path / "whole") == contents(tmp_path / "blocks")
+
+
+@pytest.mark.parametrize("keep", [Keep(), Keep("int8"), Keep(top_k=2), Keep(samples=4), Keep(tokens=[0, -1])], ids=str)
+def test_samples_without_a_token(tmp_path, keep):
+    teacher = seeded(Reader)
+    some, none = padded(sentences(3), length=7, pad=1), padded(sentences(2, seed=1), length=7, pad=2)
+    none["attention_mask"].zero_()
+    some["attention_mask"][1] = 0
+    store = TeacherStore.build(tmp_path, teacher, [":logits"], [none, some], keep=keep, progress=False)
+    for batch in (none, some):
+        read = store.captures(batch, [":logits"])[""]["logits"]
+        valid = batch["attention_mask"].bool()
+        assert read.shape == (len(valid), 7, 5)
+        assert bool(read[~valid].isnan().all())
+    read, made = store.captures(some, [":logits"])[""]["logits"], live(teacher, some, [":logits"])["", "logits"]
+    torch.testing.assert_close(read[0, 0].softmax(-1), made[0, 0].softmax(-1), atol=0.5, rtol=0)
+
+
+def test_one_number_for_each_sample(tmp_path):
+    class Scored(torch.nn.Module):
+        def forward(self, x):
+            return {"score": x.sum(-1), "x": x}
+
+    batch = {"x": points()["x"]}
+    for dtype in ("float32", "int8"):
+        store = TeacherStore.build(tmp_path / dtype, Scored(), [":score"], [batch], keep=dtype, progress=False)
+        read = store.captures({"x": batch["x"][[3, 0]]}, [":score"])[""]["score"]
+        torch.testing.assert_close(read, batch["x"].sum(-1)[[3, 0]], rtol=0.01, atol=1e-6)
