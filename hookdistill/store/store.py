@@ -89,7 +89,7 @@ class TeacherStore:
             teacher_model: of matches for several teachers, those of this one.
             transforms: the tokenizer or processor, or several by name, whose fingerprints go with the store.
             batch_adaptor: as for `Distiller`; samples are then recognised by all tensors of the batch that are no targets.
-            shard_bytes: size of the files; as much memory is needed twice.
+            shard_bytes: size of the files; up to three times as much memory is needed.
             divided: whether the loader gives each process its own part. By default that is looked up: loaders that
                 accelerate has prepared do, and those with a ``DistributedSampler``; of others each process takes its share.
             seed: of the draws of ``Keep(samples=…)``.

@@ -333,3 +333,18 @@ def test_a_batch_that_is_changed_in_place_is_looked_up_anew(tmp_path):
     valid = batch["attention_mask"].bool()
     read = store.captures(batch, ["layers.0"])["layers.0"]["output"]
     torch.testing.assert_close(read[valid], live(teacher, other, ["layers.0"])["layers.0", "output"][valid])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_from_and_to_a_gpu(tmp_path):
+    teacher, samples = seeded(Reader).cuda(), sentences(12)
+    keep = {"layers.1": "int8", "layers.2": "fp8", ":logits": Keep(samples=30), "embed": Keep(tokens=[0])}
+    addresses = ["layers.*", "embed", ":logits"]
+    store = TeacherStore.build(tmp_path / "gpu", teacher, addresses, batches(samples), keep=keep, progress=False)
+    host = TeacherStore.build(tmp_path / "cpu", teacher.cpu(), addresses, batches(samples), keep=keep, progress=False)
+    batch = padded(samples[::-1])
+    there = store.captures({name: tensor.cuda() for name, tensor in batch.items()}, addresses)
+    for (name, read), expected in zip(flat(there).items(), flat(host.captures(batch, addresses)).values(), strict=True):
+        assert read.is_cuda
+        torch.testing.assert_close(read.cpu().nan_to_num(9), expected.nan_to_num(9), rtol=1e-2, atol=2e-2, msg=str(name))
