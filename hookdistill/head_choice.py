@@ -10,7 +10,7 @@ from torch import nn
 
 from .addresses import Address
 from .engine import STUDENT, Compared, DistillationLoss, fast, in_match
-from .engine.terms import compared, options
+from .engine.terms import compared, features_at, own_options, teacher_inputs
 from .errors import MatchError
 from .fused.forms import FORMS
 from .heads import FoundHead, Seen, find_head
@@ -114,11 +114,14 @@ def _why_whole(
     for name, term in terms.items():
         with in_match(name):
             each = tensors[name]
-            arguments = options(term, each.student, each.mask, run.batch, run.student, 0)
+            device = each.student.device
+            arguments = own_options(term, each.mask, run.batch, run.student, 0, device)
             row = fast.row_term(term.spec, each.student, each.other, arguments, 1.0)
         if isinstance(row, str):
             return f"{name} has {row}"
-        if row[0].form.family == "features" or row[1] not in (-1, each.student.ndim - 1):
+        if term.further:
+            return f"{name} has inputs="
+        if row[0].form.family == "features" or features_at(term, each.student) != -1:
             return f"{name} does not compare logits with their classes last"
         if isinstance(term.adapter, nn.Module):
             return f"{name} has an adapter"
@@ -127,8 +130,9 @@ def _why_whole(
 
 def _drop_shared(loss: DistillationLoss, chosen: dict[Address, _Candidate], mode: str) -> None:
     """A teacher's logits that another term needs whole are made anyway, and then serve all."""
+    inputs = {(term.teacher_model, each) for term in loss.terms.values() for each in teacher_inputs(term)}
     while True:
-        whole = set(_origins(term for term in loss.terms.values() if term.student_address not in chosen))
+        whole = inputs.union(_origins(term for term in loss.terms.values() if term.student_address not in chosen))
         blocked = [
             address
             for address, candidate in chosen.items()

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..addresses import Address, Segment, parse
 from ..batches import BatchAdaptor, BatchKey
+from ..engine import batch_items, teacher_inputs
 from ..errors import StoreError, listing
 from ..matches import Match, as_matches
 from ..paths import has_forward, module_paths, resolve, unwrap
@@ -59,8 +60,7 @@ def build(folder: Path, teacher: nn.Module, wanted: Wanted, loader: Iterable[Any
     matches, addresses = _wanted(teacher, wanted, options)
     processes = Processes.here()
     (folder / SHARDS).mkdir(parents=True, exist_ok=True)
-    targets = {match.target for match in matches if isinstance(match.target, (str, int))}
-    masks = {match.mask for match in matches if isinstance(match.mask, (str, int))}
+    targets, masks = batch_items(matches)
     with Run(teacher, addresses, targets=targets, masks=masks, adaptor=options.batch_adaptor) as run:
         divided = is_divided(loader) if options.divided is None else options.divided
         batches = processes.share(loader, divided=divided)
@@ -207,9 +207,11 @@ def _wanted(teacher: nn.Module, wanted: Wanted, options: Options) -> tuple[list[
     asked = [each if isinstance(each, Address) else parse(each) for each in plain]
     if options.student is not None:
         matches = [_without_name(match) for match in matches]
-        asked += [e.teacher_address for m in matches for e in expand(m, {None: teacher}, options.student) if e.teacher_address]
+        entries = [entry for match in matches for entry in expand(match, {None: teacher}, options.student)]
     else:
-        asked += [match.teacher_address for match in matches if match.teacher_address is not None]
+        entries = matches
+    asked += [entry.teacher_address for entry in entries if entry.teacher_address is not None]
+    asked += [address for entry in entries for address in teacher_inputs(entry)]
     addresses: dict[Address, None] = {}
     for address in asked:
         if address.call == "*":

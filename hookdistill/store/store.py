@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 
 from ..addresses import Address, Segment, Selector, Step, parse
 from ..batches import BatchAdaptor, BatchKey, has_item, pick
+from ..engine import teacher_inputs
 from ..errors import StoreError, did_you_mean, listing
 from ..matches import Match
 from ..paths import resolve
@@ -224,6 +225,10 @@ class TeacherStore:
         """
         assert match.teacher_address is not None
         stored, _ = self.stored(match.teacher_address)
+        for address in teacher_inputs(match):
+            further, _ = self.stored(address)
+            if further.keep.sparse or further.keep.tokens is not None or further.keep.features is not None:
+                raise StoreError(f"of {further.name!r} only a part is stored ({further.keep}), and inputs= needs it whole")
         return adjusted(match, stored, self)
 
     def kept(self, batch: Any, stored: Stored) -> Tensor:

@@ -7,7 +7,18 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hookdistill import AddressError, CaptureSource, Distiller, Keep, Match, MatchError, StoreError, TeacherStore, Trainer
+from hookdistill import (
+    AddressError,
+    CaptureSource,
+    Distiller,
+    Keep,
+    Match,
+    MatchError,
+    StoreError,
+    TeacherStore,
+    Trainer,
+    losses,
+)
 from pairs import Mlp, Reader, mlps, points, readers, seeded, twin
 from store_zoo import batches, padded, sentences
 
@@ -194,6 +205,38 @@ def test_kl_on_kept_classes(tmp_path, keep, loss):
         Distiller(store, student, [Match(":logits", ":logits", loss="js", temperature=2.0, **MASKED)])
     with pytest.raises(StoreError, match=r"takes no 'dim'"):
         Distiller(store, student, [Match(":logits", ":logits", loss="kl", temperature=2.0, dim=1, **MASKED)])
+
+
+def test_top_k_kl_is_that_of_whole_logits(tmp_path):
+    teacher, student = readers()
+    batch = padded(sentences(12))
+    matches = [Match(":logits", ":logits", loss="top_k_kl", k=3, **MASKED)]
+    store = TeacherStore.build(tmp_path, teacher, matches, [batch], keep={":logits": Keep(top_k=3)}, progress=False)
+    live, read = (Distiller(stands, student, matches)(batch).total for stands in (teacher, store))
+    torch.testing.assert_close(read, live, rtol=1e-4, atol=1e-6)
+    for arguments in ({"k": 2}, {"k": 3, "tail": False}):
+        with pytest.raises(StoreError, match="the store has top_k=3 and the tail, and the entry asks for k="):
+            Distiller(store, student, [Match(":logits", ":logits", loss="top_k_kl", **arguments, **MASKED)])
+
+
+def test_further_tensors_of_the_teacher(tmp_path):
+    def between(student, teacher, mask=None, *, teacher_next):
+        return losses.mse(student, (teacher + teacher_next) / 2, mask=mask)
+
+    teacher, student = readers()
+    batch = padded(sentences(5))
+    matches = [Match("layers.0", "layers.0", loss=between, inputs={"teacher_next": "layers.-3"}, **MASKED)]
+    store = TeacherStore.build(tmp_path / "whole", teacher, matches, [batch], progress=False)
+    assert store.addresses == ["layers.0", "layers.1"]
+    live, read = (Distiller(stands, student, matches)(batch).total for stands in (teacher, store))
+    torch.testing.assert_close(read, live)
+    keep = {"layers.1": Keep(tokens=0)}
+    part = TeacherStore.build(tmp_path / "part", teacher, matches, [batch], keep=keep, progress=False)
+    with pytest.raises(StoreError, match=r"of 'layers\.1' only a part is stored \(tokens=\[0\]\), and inputs= needs it whole"):
+        Distiller(part, student, matches)
+    other = TeacherStore.build(tmp_path / "other", teacher, ["layers.0"], [batch], progress=False)
+    with pytest.raises(StoreError, match=r"holds no 'layers\.1'"):
+        Distiller(other, student, matches)
 
 
 def test_logits_that_a_live_teacher_would_not_make_are_read_whole(tmp_path, monkeypatch):
