@@ -82,6 +82,9 @@ def conditions() -> Row:
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load": [
+            round(load, 1) for load in os.getloadavg()
+        ],  # over the last 1, 5 and 15 minutes: others compete where it is high
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -96,10 +96,10 @@ def _for_kept_classes(match: Match, stored: Stored) -> dict[str, Any]:
             f"of {stored.name!r} the store has {how} of {stored.shape[-1]} classes, which serves the loss 'kl'; the loss "
             f"{spec.name!r} needs them all. Build the store without {how.split('=')[0]}="
         )
-    if arguments:
+    passed_on = {name: arguments.pop(name) for name in ("causal_shift", "ignore_index", "vocabulary") if name in arguments}
+    if arguments.pop("dim", -1) != -1 or arguments:
         raise StoreError(
-            f"{spec.name!r} on kept classes takes no {listing(arguments)}: classes are the last dimension, and mask= says "
-            "which tokens count"
+            f"{spec.name!r} on kept classes takes no {listing(arguments or ['dim'])}: classes are the last dimension"
         )
     if match.temperature != keep.temperature:
         raise StoreError(
@@ -110,4 +110,9 @@ def _for_kept_classes(match: Match, stored: Stored) -> dict[str, Any]:
     selector = Selector(address.selector.word, (*address.selector.steps, Step("name", LEAF)), address.selector.short)
     leaf = Address(address.segments, selector, address.call)
     name = "top_k_tail_kl" if keep.top_k is not None else "sampled_kl"
-    return {"spec": loss_spec(name), "loss": name, "teacher_address": leaf, "loss_args": {}}
+    return {
+        "spec": loss_spec(name),
+        "loss": name,
+        "teacher_address": leaf,
+        "loss_args": {"classes": stored.shape[-1], **passed_on},
+    }

@@ -138,7 +138,35 @@ def test_inputs_that_do_not_fit(loss, teacher):
     for theirs in (teacher(3), teacher(2, 4), teacher(2, 3)[..., 1:]):
         with pytest.raises(LossError, match=r"2n \+ 1"):
             loss(student(2, 3), theirs)
-    with pytest.raises(LossError, match="positive number"):
+    with pytest.raises(LossError, match="greater than zero"):
         loss(student(2), teacher(2), temperature=0)
     with pytest.raises(LossError, match="the teacher is a list"):
         loss(student(2), [1.0])
+
+
+@BOTH
+def test_labels_and_a_causal_shift(loss, teacher):
+    ours, theirs = student(2, 4), teacher(2, 4)
+    labels = torch.tensor([[5, -100, 3, 1], [-100, -100, 2, -100]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    values = loss(ours, theirs, reduction="none")
+    torch.testing.assert_close(loss(ours, theirs, target=labels, reduction="sum"), values[labels != -100].sum())
+    counts = (labels != -100)[:, 1:] & (mask == 1)[:, 1:]
+    shifted = loss(ours, theirs, target=labels, mask=mask, causal_shift=True)
+    torch.testing.assert_close(shifted, values[:, :-1][counts].mean())
+
+
+@BOTH
+def test_numbers_of_classes(loss, teacher):
+    ours, theirs = student(3), teacher(3)
+    same = loss(ours, theirs, classes=CLASSES)
+    torch.testing.assert_close(same, loss(ours, theirs))
+    with pytest.raises(LossError, match="the student has 9 classes and the teacher 8; vocabulary='padded' lets"):
+        loss(ours, theirs, classes=8)
+    loss(ours, theirs, classes=8, vocabulary="padded")
+    with pytest.raises(LossError, match="the student has 9 classes and the teacher 10; the student needs all"):
+        loss(ours, theirs, classes=10, vocabulary="padded")
+    with pytest.raises(LossError, match="it is 'same' or 'padded'"):
+        loss(ours, theirs, vocabulary="shared")
+    more = torch.cat([ours, torch.full((3, 2), -1.0, dtype=torch.float64)], -1)
+    assert bool(loss(more, theirs, vocabulary="padded") > same)

@@ -192,7 +192,7 @@ def test_kl_on_kept_classes(tmp_path, keep, loss):
     store = TeacherStore.build(tmp_path, teacher, matches, [batch], keep=keep, progress=False)
     read = Distiller(store, student, matches)
     (row,) = read.plan(batch)
-    assert row.loss == f"{loss}(T=2)" and row.teacher == ":logits.kept_classes"
+    assert row.loss == f"{loss}(T=2, classes=5)" and row.teacher == ":logits.kept_classes"
     live = Distiller(teacher, student, matches)
     slopes = [torch.autograd.grad(each(batch).total, student.head.weight)[0] for each in (read, live)]
     assert float((slopes[0] - slopes[1]).norm()) < 0.35 * float(slopes[1].norm())
@@ -203,7 +203,7 @@ def test_kl_on_kept_classes(tmp_path, keep, loss):
         Distiller(store, student, [Match(":logits", ":logits", loss="kl", **MASKED)])
     with pytest.raises(StoreError, match=r"serves the loss 'kl'; the loss 'js' needs them all"):
         Distiller(store, student, [Match(":logits", ":logits", loss="js", temperature=2.0, **MASKED)])
-    with pytest.raises(StoreError, match=r"takes no 'dim'"):
+    with pytest.raises(StoreError, match=r"takes no 'dim': classes are the last dimension"):
         Distiller(store, student, [Match(":logits", ":logits", loss="kl", temperature=2.0, dim=1, **MASKED)])
 
 
@@ -217,6 +217,20 @@ def test_top_k_kl_is_that_of_whole_logits(tmp_path):
     for arguments in ({"k": 2}, {"k": 3, "tail": False}):
         with pytest.raises(StoreError, match="the store has top_k=3 and the tail, and the entry asks for k="):
             Distiller(store, student, [Match(":logits", ":logits", loss="top_k_kl", **arguments, **MASKED)])
+
+
+def test_a_causal_language_model_from_kept_classes(tmp_path):
+    teacher, student = readers()
+    samples = sentences(12)
+    matches = [Match(":logits", ":logits", loss="kl", target="labels", causal_shift=True, **MASKED)]
+    loader = [labelled(samples)]
+    loader[0]["labels"] = loader[0]["labels"].where(loader[0]["labels"] != 2, -100)
+    keep = {":logits": Keep(top_k=5)}  # all classes there are
+    store = TeacherStore.build(tmp_path, teacher, matches, loader, keep=keep, progress=False)
+    live, read = (Distiller(stands, student, matches)(loader[0]).total for stands in (teacher, store))
+    torch.testing.assert_close(read, live)
+    with pytest.raises(MatchError, match="the student has 6 classes and the teacher 5"):
+        Distiller(store, seeded(Reader, classes=6), matches).plan(loader[0])
 
 
 def test_further_tensors_of_the_teacher(tmp_path):
