@@ -25,8 +25,8 @@ class Places(NamedTuple):
 class Index:
     """The samples of a store by key."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = Mapped(path)
+    def __init__(self, path: Path, header: str | None = None) -> None:
+        self.file = Mapped(path, header)
         self.high, self.low = self.file.array("high"), self.file.array("low")
         self.shard, self.row, self.inputs = (self.file.array(name) for name in ("shard", "row", "inputs"))
 

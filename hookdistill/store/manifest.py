@@ -179,7 +179,7 @@ class Manifest:
             "index": asdict(self.index),
             "versions": dict(self.versions),
         }
-        write_text(folder / MANIFEST, json.dumps(values, indent=1))
+        write_text(folder / MANIFEST, json.dumps({**values, "sha256": settings_hash(values)}, indent=1))
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -191,6 +191,8 @@ class Manifest:
         values = read_json(folder / MANIFEST)
         if values is None:
             raise StoreError(_no_store(folder))
+        if values.pop("sha256", None) != settings_hash(values):
+            raise StoreError(f"{folder / MANIFEST} is damaged, or was edited: its own sha256 does not agree")
         try:
             return Manifest(
                 settings=Settings.from_dict(values),

@@ -34,7 +34,7 @@ class Reader:
 
     def __init__(self, folder: Path, manifest: Manifest, resident_bytes: int) -> None:
         self.folder, self.manifest, self.resident_bytes = folder, manifest, resident_bytes
-        self.index = Index(folder / manifest.index.name)
+        self.index = Index(folder / manifest.index.name, manifest.index.header)
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._checked: dict[tuple[int, str], bytearray] = {}
         self._touched = 0
@@ -52,10 +52,22 @@ class Reader:
                 if not self._fits or not self._was_read(number, column, row):
                     shard.soon(column, row)
 
-    def tokens(self, places: Places) -> list[int]:
-        """How many valid tokens each sample has."""
-        located = zip(places.shards.tolist(), places.rows.tolist(), strict=True)
-        return [int(self._shard(shard).tokens[row]) for shard, row in located]
+    def tokens(self, samples: Samples, places: Places) -> list[int]:
+        """How many valid tokens each sample has, where it is; 0 without a mask.
+
+        Raises:
+            StoreError: another sample is there.
+        """
+        lengths = []
+        for key, number, row in zip(samples.keys, places.shards.tolist(), places.rows.tolist(), strict=True):
+            shard = self._shard(number)
+            if row >= len(shard) or shard.keys[row].tobytes() != key:
+                raise StoreError(
+                    f"{self.folder / self.manifest.index.name} is damaged: it names another sample of {shard.path.name} than "
+                    "is there. Delete it and run the same build again, which writes it anew"
+                )
+            lengths.append(int(shard.tokens[row]))
+        return lengths
 
     def parts(self, stored: Stored, samples: Samples, places: Places) -> dict[str, Tensor]:
         """What is stored of a tensor, as parts ``[batch, …]`` on the CPU, padded as the batch is; `decoded` reads them."""
@@ -109,7 +121,10 @@ class Reader:
     def _shard(self, number: int) -> Shard:
         shard = self._shards.get(number)
         if shard is None:
-            shard = self._shards[number] = Shard(self.folder / SHARDS / self.manifest.shards[number].name)
+            if number >= len(self.manifest.shards):
+                raise StoreError(f"{self.folder / self.manifest.index.name} is damaged: it names a shard that there is not")
+            facts = self.manifest.shards[number]
+            shard = self._shards[number] = Shard(self.folder / SHARDS / facts.name, facts.header)
             if len(self._shards) > _MOST_OPEN:
                 self._shards.popitem(last=False)
         return shard

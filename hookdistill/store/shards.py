@@ -90,13 +90,17 @@ class Filling:
 class Shard:
     """A shard on the disk, mapped into memory.
 
+    Args:
+        path: the file.
+        header: sha256 that its header must have, if that is known.
+
     Raises:
-        StoreError: the file is not there, or is no whole shard.
+        StoreError: the file is not there, or is no whole shard, or another one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, header: str | None = None) -> None:
         self.path = path
-        self.file = Mapped(path)
+        self.file = Mapped(path, header)
         metadata = self.file.metadata
         if metadata.get("format") != FORMAT:
             raise StoreError(f"{path} is no shard of a store that can be read here: its format is {metadata.get('format')!r}")
@@ -118,13 +122,17 @@ class Shard:
         if offsets is None:
             array: Array = values[row]
             return array
-        array = values[int(offsets[row]) : int(offsets[row + 1])]
-        return array if shapes is None else array.reshape([int(size) for size in shapes[row]])
+        start, end = self._extent(column, row, values, offsets)
+        array = values[start:end]
+        try:
+            return array if shapes is None else array.reshape([int(size) for size in shapes[row]])
+        except (ValueError, OverflowError) as error:
+            raise StoreError(f"{self.path.name} is damaged: {column!r} of its sample {row}: {error}") from error
 
     def soon(self, column: str, row: int) -> None:
         """Let the system begin to read a sample, so that it is there when it is looked at."""
         values, offsets, _, _ = self._column(column)
-        start, end = (row, row + 1) if offsets is None else (int(offsets[row]), int(offsets[row + 1]))
+        start, end = (row, row + 1) if offsets is None else self._extent(column, row, values, offsets)
         width = values.strides[0]
         if (end - start) * width >= _WORTH_ASKING:
             at = self.file.entries[column].range[0]
@@ -143,6 +151,12 @@ class Shard:
         """How many bytes the column takes, with what says where its samples are."""
         own = (name for name in (column, f"{column}@offsets", f"{column}@shapes") if name in self.file.entries)
         return sum(end - start for name in own for start, end in [self.file.entries[name].range])
+
+    def _extent(self, column: str, row: int, values: Array, offsets: Array) -> tuple[int, int]:
+        start, end = int(offsets[row]), int(offsets[row + 1])
+        if not 0 <= start <= end <= len(values):
+            raise StoreError(f"{self.path.name} is damaged: {column!r} of its sample {row} has no place in it")
+        return start, end
 
     def _column(self, column: str) -> tuple[Array, Array | None, Array | None, int]:
         if column not in self._ready:
@@ -167,11 +181,15 @@ class _Entry:
 class Mapped:
     """A safetensors file mapped into memory: arrays are views of it, and nothing is read before it is looked at.
 
+    Args:
+        path: the file.
+        header: sha256 that its header must have, if that is known.
+
     Raises:
-        StoreError: the file is not there, or is not whole.
+        StoreError: the file is not there, or is not whole, or another one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, header: str | None = None) -> None:
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -180,7 +198,10 @@ class Mapped:
             raise StoreError(f"the file {path} is missing") from None
         except OSError as error:
             raise StoreError(f"cannot read {path}: {error}") from error
-        self.header, self.entries, self.metadata, self.data_start = _header(path, self.map, size)
+        self.header = _header(path, self.map, size)
+        if header is not None and hashlib.sha256(self.header).hexdigest() != header:
+            raise StoreError(f"{path} is damaged: its header is not the one that was written")
+        self.entries, self.metadata = _entries(path, self.header, size)
 
     def array(self, name: str) -> Array:
         """A tensor as raw numbers, without reading it."""
@@ -317,27 +338,34 @@ def _column(
     yield _Tensor(f"{name}@shapes", "I64", sizes.shape, [sizes])
 
 
-def _header(path: Path, mapped: mmap.mmap | None, size: int) -> tuple[bytes, dict[str, _Entry], dict[str, str], int]:
-    """The header of a safetensors file: its bytes, where each tensor lies, the metadata, and where the data begin."""
+def _header(path: Path, mapped: mmap.mmap | None, size: int) -> bytes:
+    """The length and the JSON at the beginning of a safetensors file."""
     if mapped is None:
         raise StoreError(f"{path} is damaged: it has {size} bytes")
     (length,) = struct.unpack("<Q", mapped[:8])
-    start = 8 + length
+    if 8 + length > size:
+        raise StoreError(f"{path} is damaged: it ends within its header")
+    return mapped[: 8 + length]
+
+
+def _entries(path: Path, header: bytes, size: int) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """Where each tensor of a safetensors file lies, and the metadata."""
+    start = len(header)
     try:
-        if start > size:
-            raise ValueError("it ends within its header")
-        header = mapped[:start]
         content = json.loads(header[8:])
         metadata = content.pop("__metadata__", {})
         entries = {
-            name: _Entry(
-                each["dtype"], tuple(each["shape"]), (start + each["data_offsets"][0], start + each["data_offsets"][1])
-            )
+            name: _Entry(each["dtype"], tuple(each["shape"]), (start + low, start + high))
             for name, each in content.items()
+            for low, high in [each["data_offsets"]]
         }
         end = max((entry.range[1] for entry in entries.values()), default=start)
         if end != size:
             raise ValueError(f"it has {size} bytes and should have {end}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for name, entry in entries.items():
+            wanted = math.prod(entry.shape) * raw_dtype(dtype_of(entry.dtype)).itemsize
+            if not start <= entry.range[0] <= entry.range[1] or entry.range[1] - entry.range[0] != wanted:
+                raise ValueError(f"{name!r} does not fill the place that it is given")
+    except (ValueError, KeyError, TypeError, AttributeError, StoreError) as error:
         raise StoreError(f"{path} is damaged: {error}") from error
-    return header, entries, metadata, start
+    return entries, metadata

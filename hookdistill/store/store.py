@@ -310,8 +310,9 @@ class TeacherStore:
         if recognition.fields and self.check_inputs:
             for other in np.flatnonzero(places.inputs != np.array(samples.inputs, np.uint64)).tolist():
                 raise StoreError(self._changed(other, samples, batch))
+        lengths = self._reader.tokens(samples, places)
         if samples.spans is not None:
-            for index, (span, length) in enumerate(zip(samples.spans, self._reader.tokens(places), strict=True)):
+            for index, (span, length) in enumerate(zip(samples.spans, lengths, strict=True)):
                 if length != span.length:
                     raise StoreError(
                         f"sample {index} of the batch ({self._described(index, samples, batch)}) has {span.length} tokens, and "

@@ -29,7 +29,7 @@ KEYS = st.lists(st.builds(key, st.integers(0, 5), st.integers(0, 5)), min_size=1
 
 
 @given(st.lists(KEYS, min_size=1, max_size=3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_find(tmp_path_factory, shards):
     path = tmp_path_factory.mktemp("index") / "index.safetensors"
     count = write_index(path, [Keys(keys) for keys in shards])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import hookdistill
 from hookdistill import AddressError, BatchError, Distiller, Keep, Match, StoreError, TeacherStore
 from hookdistill.store import info, verify
+from hookdistill.store.fingerprint import settings_hash
 from pairs import Reader, points, readers, seeded
 from store_zoo import Interrupted, batches, padded, sentences, until
 
@@ -111,6 +113,28 @@ def test_a_flipped_bit_in_a_tensor_is_found_when_it_is_read(folder, samples):
     with pytest.raises(StoreError, match=r"0000000\.safetensors is damaged: the checksum of 'layers\.1' of its sample"):
         TeacherStore.open(folder).captures(batch, ADDRESSES)
     TeacherStore.open(folder).captures(batch, ["layers.0", ":logits"])  # of which nothing is wrong
+
+
+def test_whatever_bit_is_flipped_what_is_read_is_right_or_an_error(folder, samples):
+    """Without `verify`: in shards, index and manifest, wherever it is."""
+    batch, draw = padded(samples), random.Random(0)
+    expected = TeacherStore.open(folder).captures(batch, ADDRESSES)
+    right = wrong = 0
+    for path in (*shards(folder)[:2], next(folder.glob("index-*")), folder / "manifest.json"):
+        for _ in range(60):
+            at, bit = draw.randrange(path.stat().st_size), 1 << draw.randrange(8)
+            damage(path, at, bit)
+            try:
+                read = TeacherStore.open(folder).captures(batch, ADDRESSES)
+            except StoreError:
+                wrong += 1
+            else:
+                right += 1
+                for layer, tensors in expected.items():
+                    for key, tensor in tensors.items():
+                        assert torch.equal(read[layer][key].nan_to_num(7), tensor.nan_to_num(7)), (path.name, at, bit)
+            damage(path, at, bit)
+    assert wrong > right
 
 
 def test_another_teacher(folder):
@@ -226,14 +250,17 @@ def test_a_build_that_does_not_go_on_with_the_one_before(folder, samples, change
 def test_a_manifest_that_cannot_be_read(folder):
     path = folder / "manifest.json"
     content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "samples": 13}))
+    with pytest.raises(StoreError, match=r"manifest\.json is damaged, or was edited"):
+        TeacherStore.open(folder)
     path.write_text(json.dumps({**content, "format": 9}))
     with pytest.raises(StoreError, match="has the format 9; this version of hookdistill reads 1"):
         TeacherStore.open(folder)
     path.write_text("{")
     with pytest.raises(StoreError, match=r"manifest\.json is damaged"):
         TeacherStore.open(folder)
-    del content["shards"]
-    path.write_text(json.dumps(content))
+    del content["shards"], content["sha256"]
+    path.write_text(json.dumps({**content, "sha256": settings_hash(content)}))
     with pytest.raises(StoreError, match=r"manifest\.json is damaged: KeyError: 'shards'"):
         TeacherStore.open(folder)
 
