@@ -36,5 +36,5 @@ def test_rates(results):
 
 def test_large(results):
     result = results["store_large"]
-    assert len(result["windows"]) >= 3 and result["opened"]["samples"] > 0
+    assert result["windows"] and result["opened"]["samples"] > 0
     assert [row["samples"] for row in result["index"]] == [1000, 10_000]
