@@ -113,7 +113,7 @@ def rates(options: argparse.Namespace, folder: Path, console: Console) -> Row:
     teacher = _store_rates.beside_a_teacher(folder / "beside", options.rounds, **size)
     show(
         console,
-        "a batch of 32 samples on one core: a BERT's forward, or seven of its hidden states from the store",
+        "a batch of 8 samples on one core: a BERT's forward, or seven of its hidden states from the store",
         ("kept as", "teacher ms", "read ms", "read / teacher", "bytes/token"),
         [
             (
