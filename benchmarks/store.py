@@ -5,6 +5,7 @@
                                                byte for byte as one that was left alone
     python benchmarks/store.py --large 24      a store of so many gigabytes, read at random while memory and rate are watched
     python benchmarks/store.py --quality 10    what lossy formats cost in accuracy on the digits of the quickstart, by seed
+    python benchmarks/store.py --language 5    what sparse logits cost a small language model
 
 Prints tables and writes store_*.json to --out. Nothing is downloaded. The disk is the one of --folder; what is written there
 is deleted at the end. "cold" means that the system was asked to drop the files from its cache before.
@@ -44,10 +45,17 @@ def main() -> None:
     console = Console(width=None if Console().is_terminal else 130, highlight=False)
     folder = Path(tempfile.mkdtemp(prefix="hookdistill-store-", dir=options.folder))
     asked = {"kills": options.kills, "large": options.large, "quality": options.quality}
+    asked["language"] = options.language
     asked["rates"] = options.rates or not any(asked.values())
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        for name, measure in (("kills", kills), ("large", large), ("quality", quality), ("rates", rates)):
+        for name, measure in (
+            ("kills", kills),
+            ("large", large),
+            ("quality", quality),
+            ("language", language),
+            ("rates", rates),
+        ):
             if asked[name]:
                 result = {"conditions": conditions(), **measure(options, folder, console)}
                 path = options.out / f"store_{name}.json"
@@ -68,6 +76,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--large", type=float, help="gigabytes of the large store")
     parser.add_argument("--quality", type=int, help="how many seeds to train with each format")
+    parser.add_argument("--language", type=int, help="how many seeds to train the language model with each format")
     parser.add_argument("--seconds", type=float, default=300.0, help="how long the large store is read")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: that of temporary files")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the JSON")
@@ -213,6 +222,29 @@ def quality(options: argparse.Namespace, folder: Path, console: Console) -> Row:
         ],
     )
     return {"quality": rows}
+
+
+def language(options: argparse.Namespace, folder: Path, console: Console) -> Row:
+    import _store_language
+
+    rows = _store_language.language(folder, options.language, quick=options.quick)
+    show(
+        console,
+        f"next words of Python's documentation, vocabulary {_store_language.VOCABULARY:,}, held-out topics, {options.language} seeds",
+        ("learnt from", "bytes/token", "KL to teacher", "sd", "perplexity", "sd"),
+        [
+            (
+                row["kept"],
+                "" if row["bytes_per_token"] is None else f"{row['bytes_per_token']:,.0f}",
+                f"{row['kl_mean']:.3f}",
+                f"{row['kl_sd']:.3f}",
+                f"{row['perplexity_mean']:.1f}",
+                f"{row['perplexity_sd']:.1f}",
+            )
+            for row in rows
+        ],
+    )
+    return {"language": rows}
 
 
 def show(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

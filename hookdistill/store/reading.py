@@ -43,7 +43,7 @@ class Reader:
     def soon(self, stored: Sequence[Stored], places: Places) -> None:
         """Let the system begin to read the samples that it has to get from the disk, all at once.
 
-        A page fault for every few pages, one after the other, is ten times slower.
+        A page fault for every few pages, one after the other, is several times slower.
         """
         columns = [column for each in stored for column in each.columns]
         for number, row in zip(places.shards.tolist(), places.rows.tolist(), strict=True):
