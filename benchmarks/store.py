@@ -49,13 +49,8 @@ def main() -> None:
     asked["rates"] = options.rates or not any(asked.values())
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        for name, measure in (
-            ("kills", kills),
-            ("large", large),
-            ("quality", quality),
-            ("language", language),
-            ("rates", rates),
-        ):
+        for measure in (kills, large, quality, language, rates):
+            name = measure.__name__
             if asked[name]:
                 result = {"conditions": conditions(), **measure(options, folder, console)}
                 path = options.out / f"store_{name}.json"
@@ -230,7 +225,7 @@ def language(options: argparse.Namespace, folder: Path, console: Console) -> Row
     rows = _store_language.language(folder, options.language, quick=options.quick)
     show(
         console,
-        f"next words of Python's documentation, vocabulary {_store_language.VOCABULARY:,}, held-out topics, {options.language} seeds",
+        f"next words of Python's documentation, {_store_language.VOCABULARY:,} classes, held out, {options.language} seeds",
         ("learnt from", "bytes/token", "KL to teacher", "sd", "perplexity", "sd"),
         [
             (
