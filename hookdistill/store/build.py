@@ -59,7 +59,10 @@ def build(folder: Path, teacher: nn.Module, wanted: Wanted, loader: Iterable[Any
         raise StoreError(f"shard_bytes= is a number of bytes, got {options.shard_bytes!r}")
     matches, addresses = _wanted(teacher, wanted, options)
     processes = Processes.here()
-    (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"no store can be built at {folder}: {error}") from error
     targets, masks = batch_items(matches)
     with Run(teacher, addresses, targets=targets, masks=masks, adaptor=options.batch_adaptor) as run:
         divided = is_divided(loader) if options.divided is None else options.divided

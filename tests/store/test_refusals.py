@@ -312,6 +312,9 @@ def test_what_cannot_be_built(tmp_path, samples):
     refused("tokens= needs one dimension of tokens", ":pooled", keep=Keep(tokens=0))
     refused("does not fit a last dimension of 8", "layers.0", keep=Keep(features="20:30"))
     refused("shard_bytes= is a number of bytes", "layers.0", shard_bytes=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="no store can be built at .*file"):
+        TeacherStore.build(tmp_path / "file", teacher, ["layers.0"], [batch])
     with pytest.raises(StoreError, match=r"must be a torch\.nn\.Module, got str"):
         TeacherStore.build(tmp_path / "text", "bert", ["layers.0"], [batch])
 
