@@ -11,6 +11,7 @@ from .errors import CaptureError as CaptureError
 from .errors import HookDistillError as HookDistillError
 from .errors import LossError as LossError
 from .errors import MatchError as MatchError
+from .errors import StoreError as StoreError
 from .errors import TrainerError as TrainerError
 from .evaluation import Evaluation as Evaluation
 from .evaluation import Evaluator as Evaluator
@@ -20,6 +21,9 @@ from .losses import register_loss as register_loss
 from .matches import Match as Match
 from .outline import outline as outline
 from .plan import Plan as Plan
+from .sources import CaptureSource as CaptureSource
+from .store import Keep as Keep
+from .store import TeacherStore as TeacherStore
 from .trainer import Trainer as Trainer
 from .trainer import TrainResult as TrainResult
 

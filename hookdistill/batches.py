@@ -120,7 +120,8 @@ def model_inputs(model: nn.Module, batch: Any, *, targets: Collection[BatchKey],
         key: value for key, value in named.items() if key in parameters and (key not in targets or key in main or key in masks)
     }
     if not kwargs and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        kwargs = {key: value for key, value in named.items() if key not in targets and key not in masks}
+        withheld = {*targets, *masks, *(key for key in named if not key.isidentifier())}
+        kwargs = {key: value for key, value in named.items() if key not in withheld}
     if not kwargs:
         raise BatchError(
             f"no item of the batch is a parameter of {type(unwrap(model)).__name__}.forward, which takes "

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from .addresses import Address, parse
 from .attention import AttentionCall
 from .batches import BatchAdaptor, BatchKey, Inputs, check_fits, contents, given_inputs, has_item, model_inputs
-from .engine import STUDENT, DistillationLoss, Losses, Passing, Shares, Step, in_match, student_inputs, teacher_inputs
+from .engine import (
+    STUDENT,
+    DistillationLoss,
+    Losses,
+    Passing,
+    Shares,
+    Step,
+    batch_items,
+    in_match,
+    student_inputs,
+    teacher_inputs,
+)
 from .errors import AddressError, BatchError, HookDistillError, MatchError, listing
 from .export import save_student
 from .fused.head import Head
@@ -28,6 +39,7 @@ from .paths import resolve, unwrap
 from .plan import Plan, check_values, expand, row
 from .recorder import Receiver, Recorded, Recorder, Recorders
 from .running import device_of, evaluating, teaching, undisturbed
+from .sources import CaptureSource, adjusted
 
 ORDERS = ("student first", "teacher first")
 
@@ -44,8 +56,8 @@ class Distiller(nn.Module):
     training mode and ``requires_grad`` flags are left as they are. ``distiller.to(device)`` takes it along.
 
     Args:
-        teacher: a module; several by name for ``Match(..., teacher_model=name)``; or ``None``, for a student that is compared
-            with targets alone.
+        teacher: a module, or what hands over its tensors (a `TeacherStore`, a `CaptureSource` of your own); several by name for
+            ``Match(..., teacher_model=name)``; or ``None``, for a student that is compared with targets alone.
         student: the module to train.
         matches: `Match` entries, or dicts of the older library's config.
         example_batch: makes the plan, and with it the adapters, at once.
@@ -64,7 +76,7 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        teacher: nn.Module | Mapping[str, nn.Module] | None,
+        teacher: nn.Module | CaptureSource | Mapping[str, nn.Module | CaptureSource] | None,
         student: nn.Module,
         matches: Iterable[Match | Mapping[str, Any]],
         *,
@@ -84,12 +96,20 @@ class Distiller(nn.Module):
         self._heads: Heads | None = None if head != "whole" and impl != "eager" else {}
         # In a dict, so that the teachers are no submodules: they are not trained, saved or wrapped with the student.
         self._teachers: dict[str | None, nn.Module] = {}
-        if teacher is not None:
-            self._teachers.update(teacher.items() if isinstance(teacher, Mapping) else [(None, teacher)])
-        _check_models(self._teachers, student)
+        self._sources: dict[str | None, CaptureSource] = {}
+        for name, each in _by_name(teacher).items():
+            if isinstance(each, nn.Module):
+                self._teachers[name] = each
+            elif isinstance(each, CaptureSource):
+                self._sources[name] = each
+            else:
+                raise _no_model(name or "teacher", each, " or a source of its tensors, such as a TeacherStore")
+        if not isinstance(student, nn.Module):
+            raise _no_model("student", student)
         self.student = student
-        entries = [each for match in as_matches(matches) for each in expand(match, self._teachers, student)]
-        self.loss = DistillationLoss(entries, impl=impl)
+        teachers: dict[str | None, nn.Module | CaptureSource] = {**self._teachers, **self._sources}
+        entries = [each for match in as_matches(matches) for each in expand(match, teachers, student)]
+        self.loss = DistillationLoss([adjusted(entry, self._sources) for entry in entries], impl=impl)
         if batch_adaptor is not None and not callable(batch_adaptor):
             raise BatchError(f"batch_adaptor= is a function (device, batch), got {type(batch_adaptor).__name__}")
         self.batch_adaptor = batch_adaptor
@@ -100,11 +120,12 @@ class Distiller(nn.Module):
             self.plan(example_batch)
 
     @property
-    def teacher(self) -> nn.Module | dict[str, nn.Module] | None:
+    def teacher(self) -> nn.Module | CaptureSource | dict[str, nn.Module | CaptureSource] | None:
         """The teacher, or the teachers by name; ``None`` where there is none."""
-        if None in self._teachers or not self._teachers:
-            return self._teachers.get(None)
-        return {str(name): module for name, module in self._teachers.items()}
+        teachers: dict[str | None, nn.Module | CaptureSource] = {**self._teachers, **self._sources}
+        if None in teachers or not teachers:
+            return teachers.get(None)
+        return {str(name): each for name, each in teachers.items()}
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -214,7 +235,7 @@ class Distiller(nn.Module):
         finally:
             for key in set(self.loss.loss_modules) - states:  # made in a dry run, which is in eval mode
                 self.loss.loss_modules[key].train(self.training)
-        return Plan(rows=rows, inputs=self._inputs(batch).lines())
+        return Plan(rows=rows, inputs=(*self._sources_lines(), *self._inputs(batch).lines()))
 
     def _watched(self, watching: contextlib.ExitStack) -> dict[str | None, Seen]:
         """What the linear layers of all models do, as long as it is not known which of them are heads."""
@@ -234,7 +255,7 @@ class Distiller(nn.Module):
         recorders = self._recorders
         assert recorders is not None
         try:
-            yield _Run(recorders, self._inputs(batch), device_of(self.student), dry)
+            yield _Run(recorders, self._inputs(batch), device_of(self.student), dry, partial(self._read, batch))
         finally:
             recorders.clear()
 
@@ -266,6 +287,15 @@ class Distiller(nn.Module):
         self._disturbs_teachers = any(id(each) in buffers for name in wanted for each in self._teachers[name].buffers())
         weakref.finalize(self, self._recorders.close)
 
+    def _read(self, batch: Any) -> dict[str | None, Any]:
+        """What the sources among the teachers hand over for ``batch``."""
+        wanted = {name: list(dict.fromkeys(self._teacher_addresses(name))) for name in self._sources}
+        with torch.no_grad():
+            return {name: self._sources[name].captures(batch, each) for name, each in wanted.items() if each}
+
+    def _sources_lines(self) -> list[str]:
+        return [f"{name or 'teacher'} is read from {source!r}" for name, source in self._sources.items()]
+
     def _teacher_addresses(self, name: str | None) -> list[Address]:
         terms = [each for each in self.loss.terms.values() if each.teacher_address and each.teacher_model == name]
         named = [each.teacher_address for each in terms if each.teacher_address]
@@ -288,12 +318,7 @@ class Distiller(nn.Module):
         running = {name: model for name, model in self._teachers.items() if self._teacher_addresses(name)}
         if self.batch_adaptor is not None:
             return _adapted(self.batch_adaptor, device_of(self.student), batch, running, self.student)
-        terms = self.loss.terms.values()
-        targets = {each.target for each in terms if isinstance(each.target, (str, int))}
-        masks = {each.mask for each in terms if isinstance(each.mask, (str, int))}
-        further = {each for term in terms for each in student_inputs(term).values() if isinstance(each, (str, int))}
-        # As targets they fill no parameter by position; as masks they are not withheld from a parameter of their name.
-        targets, masks = targets | (further - masks), masks | further
+        targets, masks = batch_items(self.loss.terms.values())
         return _AllInputs(
             {name: model_inputs(model, batch, targets=targets, masks=masks) for name, model in running.items()},
             model_inputs(self.student, batch, targets=targets, masks=masks),
@@ -330,6 +355,7 @@ class _Run:
     inputs: _AllInputs
     home: torch.device
     dry: bool
+    read: Callable[[], dict[str | None, Any]]
 
     def student(self) -> Recorded:
         """Run the student."""
@@ -337,7 +363,7 @@ class _Run:
 
     def teachers(self, receive: Callable[[str | None, Address, Tensor | AttentionCall | Head], bool] | None = None) -> Any:
         """Run the teachers: their captures, by name where they have one. ``receive`` is offered each tensor first."""
-        captures = {}
+        captures: dict[str | None, Any] = self.read()
         for name, recorder in self.recorders.teachers.items():
             with teaching(recorder.model):
                 inputs = self.inputs.teachers[name].to(device_of(recorder.model, otherwise=self.home))
@@ -386,8 +412,12 @@ def _given(inputs: Any, model: nn.Module, role: str) -> Inputs:
     return given
 
 
-def _check_models(teachers: Mapping[str | None, nn.Module], student: nn.Module) -> None:
-    for role, model in {**{name or "teacher": each for name, each in teachers.items()}, "student": student}.items():
-        if not isinstance(model, nn.Module):
-            what = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__}"
-            raise MatchError(f"{role} must be a torch.nn.Module, got {what}")
+def _by_name(teacher: Any) -> dict[str | None, Any]:
+    if teacher is None:
+        return {}
+    return dict(teacher) if isinstance(teacher, Mapping) else {None: teacher}
+
+
+def _no_model(role: str, model: object, otherwise: str = "") -> MatchError:
+    what = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__}"
+    return MatchError(f"{role} must be a torch.nn.Module{otherwise}, got {what}")

@@ -44,6 +44,10 @@ class TrainerError(HookDistillError, RuntimeError):
     """A training run that cannot start or go on."""
 
 
+class StoreError(HookDistillError, RuntimeError):
+    """A store that cannot be written or read, or that holds something else than what is asked of it."""
+
+
 def nearest(name: str, candidates: Iterable[str], *, count: int = 3) -> list[str]:
     """The candidates that look most like ``name``, best first; empty when nothing comes near."""
     return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)

@@ -94,6 +94,8 @@ def _candidate(
     teachers = {}
     for name, term in terms.items():
         if term.teacher_address is not None:
+            if term.teacher_model not in run.models:
+                return "the teacher is no module, and hands its logits over as they are"
             origin = (term.teacher_model, term.teacher_address)
             found = find_head(run.models[term.teacher_model], tensors[name].origin, run.seen[term.teacher_model])
             if isinstance(found, str):

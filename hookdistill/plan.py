@@ -15,6 +15,7 @@ from .inputs import Input
 from .layer_maps import LAYER_MAPS
 from .matches import Match
 from .paths import Found, resolve
+from .sources import CaptureSource, skeleton
 from .tables import table
 
 
@@ -63,7 +64,7 @@ class Plan:
         return "\n".join([table(headings, cells, right=("now",)), "", *self.inputs])
 
 
-def expand(match: Match, teachers: Mapping[str | None, nn.Module], student: nn.Module) -> list[Match]:
+def expand(match: Match, teachers: Mapping[str | None, nn.Module | CaptureSource], student: nn.Module) -> list[Match]:
     """One match for each pair of tensors that an entry names: itself with full paths, or several where it has wildcards.
 
     Raises:
@@ -77,13 +78,15 @@ def expand(match: Match, teachers: Mapping[str | None, nn.Module], student: nn.M
     if match.teacher_address is None:
         return [_at(match, None, address, index, len(ours), None) for index, address in enumerate(ours)]
     teacher_name = _teacher_name(match, teachers)
+    teacher = teachers[teacher_name]
+    modules = teacher if isinstance(teacher, nn.Module) else skeleton(teacher)
     try:
-        found_teachers = resolve(teachers[teacher_name], match.teacher_address)
+        found_teachers = resolve(modules, match.teacher_address)
     except AddressError as error:
         raise MatchError(f"{match.label}: teacher: {error}") from error
     theirs = [_concrete(found, match.teacher_address) for found in found_teachers]
     pairs = _pairs(match, theirs, ours)
-    further = tuple(_resolved(match, each, teachers[teacher_name]) for each in match.further)
+    further = tuple(_resolved(match, each, modules) for each in match.further)
     return [_at(match, t, s, index, len(pairs), teacher_name, further) for index, (t, s) in enumerate(pairs)]
 
 
@@ -177,7 +180,7 @@ def _at(
     return match.at(teacher, student, name=name, teacher_model=teacher_name, further=further)
 
 
-def _teacher_name(match: Match, teachers: Mapping[str | None, nn.Module]) -> str | None:
+def _teacher_name(match: Match, teachers: Mapping[str | None, object]) -> str | None:
     if not teachers:
         raise MatchError(f"{match.label}: the entry needs a teacher, but the distiller has none")
     known = [name for name in teachers if name is not None]

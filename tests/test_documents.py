@@ -35,7 +35,8 @@ def blocks(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_code_blocks_run(page, capsys):
+def test_code_blocks_run(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # pages write stores and students
     torch.manual_seed(0)
     ids = torch.randint(1, 50, (2, 6))
     names = {
@@ -46,6 +47,7 @@ def test_code_blocks_run(page, capsys):
         "teacher": Classifier(12),
         "student": Classifier(3),
         "model": Classifier(4),
+        "loader": [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])}],
         "theirs": torch.randn(2, 6, 8),
         "ours": torch.randn(2, 6, 8, requires_grad=True),
     }

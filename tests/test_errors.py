@@ -6,7 +6,16 @@ import pytest
 import torch
 
 import hookdistill
-from hookdistill import AddressError, BatchError, CaptureError, HookDistillError, LossError, MatchError, TrainerError
+from hookdistill import (
+    AddressError,
+    BatchError,
+    CaptureError,
+    HookDistillError,
+    LossError,
+    MatchError,
+    StoreError,
+    TrainerError,
+)
 from hookdistill.errors import did_you_mean, listing, nearest
 
 
@@ -18,6 +27,7 @@ from hookdistill.errors import did_you_mean, listing, nearest
         (LossError, ValueError),
         (BatchError, ValueError),
         (CaptureError, RuntimeError),
+        (StoreError, RuntimeError),
         (TrainerError, RuntimeError),
     ],
 )

@@ -12,5 +12,6 @@ from .step import Losses as Losses
 from .step import Shares as Shares
 from .step import Step as Step
 from .terms import Compared as Compared
+from .terms import batch_items as batch_items
 from .terms import student_inputs as student_inputs
 from .terms import teacher_inputs as teacher_inputs

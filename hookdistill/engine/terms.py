@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, feature_dim, fit_adapter
 from ..addresses import Address
 from ..attention import AttentionCall
+from ..batches import BatchKey
 from ..errors import MatchError
 from ..fused.head import Head
 from ..inputs import Source
@@ -115,6 +116,16 @@ def student_inputs(term: Match) -> dict[str, Source]:
             if not isinstance(source, Address):
                 named[f"inputs[{each.name!r}]" + (f"[{number}]" if each.several else "")] = source
     return named
+
+
+def batch_items(terms: Iterable[Match]) -> tuple[set[BatchKey], set[BatchKey]]:
+    """The items of the batch that entries name as targets and as masks, as `hookdistill.batches.model_inputs` takes them."""
+    terms = list(terms)
+    targets: set[BatchKey] = {each.target for each in terms if isinstance(each.target, (str, int))}
+    masks: set[BatchKey] = {each.mask for each in terms if isinstance(each.mask, (str, int))}
+    further: set[BatchKey] = {each for term in terms for each in student_inputs(term).values() if isinstance(each, (str, int))}
+    # As targets they fill no parameter by position; as masks they are not withheld from a parameter of their name.
+    return targets | (further - masks), masks | further
 
 
 def further_tensors(

@@ -11,6 +11,7 @@ from .memories import crd, queue_kl
 from .reduction import masked_mean, reduce
 from .registry import LossSpec, loss_spec, register_loss, registered_losses
 from .samples import cka, correlation_congruence, pkt, rkd_angle, rkd_distance, similarity_preserving
+from .sparse import sampled_kl, top_k_tail_kl
 
 __all__ = [
     "LossSpec",
@@ -54,11 +55,13 @@ __all__ = [
     "reviewkd",
     "rkd_angle",
     "rkd_distance",
+    "sampled_kl",
     "similarity_preserving",
     "skew_kl",
     "smooth_l1",
     "soft_cross_entropy",
     "top_k_kl",
+    "top_k_tail_kl",
     "tvd",
     "uld",
     "vid",
