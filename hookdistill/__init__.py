@@ -11,6 +11,7 @@ from .errors import CaptureError as CaptureError
 from .errors import HookDistillError as HookDistillError
 from .errors import LossError as LossError
 from .errors import MatchError as MatchError
+from .errors import StructureError as StructureError
 from .errors import TrainerError as TrainerError
 from .evaluation import Evaluation as Evaluation
 from .evaluation import Evaluator as Evaluator
@@ -20,6 +21,8 @@ from .losses import register_loss as register_loss
 from .matches import Match as Match
 from .outline import outline as outline
 from .plan import Plan as Plan
+from .similarity import Similarity as Similarity
+from .similarity import similarity as similarity
 from .trainer import Trainer as Trainer
 from .trainer import TrainResult as TrainResult
 

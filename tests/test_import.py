@@ -23,6 +23,8 @@ EXPORTED = {
     "Match",
     "MatchError",
     "Plan",
+    "Similarity",
+    "StructureError",
     "StudentMetric",
     "TrainResult",
     "Trainer",
@@ -30,6 +32,7 @@ EXPORTED = {
     "losses",
     "outline",
     "register_loss",
+    "similarity",
 }
 HEAVY = ("transformers", "accelerate", "triton", "matplotlib", "typer", "rich", "tqdm", "pydantic", "safetensors", "sklearn")
 
