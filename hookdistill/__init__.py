@@ -17,6 +17,8 @@ from .evaluation import Evaluation as Evaluation
 from .evaluation import Evaluator as Evaluator
 from .evaluation import HeldOutLosses as HeldOutLosses
 from .evaluation import StudentMetric as StudentMetric
+from .initialization import Initialization as Initialization
+from .initialization import initialize_student as initialize_student
 from .losses import register_loss as register_loss
 from .matches import Match as Match
 from .outline import outline as outline

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .addresses import parse
 from .batches import BatchAdaptor, BatchKey, Inputs, given_inputs, has_item, model_inputs, pick
 from .capture import Capture
-from .errors import BatchError, CaptureError, MatchError, StructureError, listing
+from .errors import BatchError, CaptureError, StructureError, listing
 from .hsic import FEWEST, MinibatchCKA
+from .layer_maps import Order, matching
 from .matches import Match
 from .running import device_of, undisturbed
 from .structure import layers
@@ -62,7 +63,7 @@ class Similarity:
             "batches": self.batches,
         }
 
-    def pairs(self, *, order: Literal["monotone", "any"] = "monotone") -> list[tuple[str, str]]:
+    def pairs(self, *, order: Order = "monotone") -> list[tuple[str, str]]:
         """The pairs (teacher layer, student layer) of largest total CKA in which no layer occurs twice, one for each student
         layer (or for each teacher layer, where these are fewer).
 
@@ -72,7 +73,7 @@ class Similarity:
         found = matching(self.matrix, order=order)
         return [(self.teacher_layers[i], self.student_layers[j]) for i, j in found]
 
-    def matches(self, *, order: Literal["monotone", "any"] = "monotone", **options: Any) -> list[Match]:
+    def matches(self, *, order: Order = "monotone", **options: Any) -> list[Match]:
         """A `Match` for each of `pairs`; ``options`` are those of `Match`, as in ``matches(loss="cosine", weight=0.1)``."""
         return [Match(theirs, ours, **options) for theirs, ours in self.pairs(order=order)]
 
@@ -179,46 +180,6 @@ def similarity(
         count=cka.examples,
         batches=cka.batches,
     )
-
-
-def matching(weights: Tensor, *, order: Literal["monotone", "any"]) -> list[tuple[int, int]]:
-    """The pairs (row, column) of largest total weight, each row and column at most once, as many as the shorter side has.
-
-    NaN counts as less than any weight. Pairs come in the order of the columns.
-    """
-    weights = weights.double().nan_to_num(nan=-2.0)
-    if order == "monotone":
-        return _monotone(weights.tolist()) if weights.shape[0] >= weights.shape[1] else _transposed(weights)
-    if order != "any":
-        raise MatchError(f"order={order!r} is not known; it is 'monotone' or 'any'")
-    try:
-        # A few hundred lines done right elsewhere, and the monotone matching, which most want, does not need it.
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise MatchError("order='any' needs scipy: pip install 'hookdistill[similarity]'") from error
-    rows, columns = linear_sum_assignment(weights.numpy(), maximize=True)
-    return sorted(zip(rows.tolist(), columns.tolist(), strict=True), key=lambda pair: pair[1])
-
-
-def _transposed(weights: Tensor) -> list[tuple[int, int]]:
-    return [(row, column) for column, row in _monotone(weights.T.tolist())]
-
-
-def _monotone(weights: list[list[float]]) -> list[tuple[int, int]]:
-    """By dynamic programming: ``best[j][i]`` is the most that columns up to j can earn from rows up to i."""
-    rows, columns = len(weights), len(weights[0])
-    best = [[0.0] * (rows + 1)] + [[float("-inf")] * (rows + 1) for _ in range(columns)]
-    for j in range(1, columns + 1):
-        for i in range(j, rows + 1):
-            best[j][i] = max(best[j][i - 1], best[j - 1][i - 1] + weights[i - 1][j - 1])
-    pairs = []
-    i = rows
-    for j in range(columns, 0, -1):
-        while best[j][i] == best[j][i - 1]:
-            i -= 1
-        pairs.append((i - 1, j - 1))
-        i -= 1
-    return pairs[::-1]
 
 
 def _addresses(role: str, model: nn.Module, given: str | Sequence[str] | None) -> list[str]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from hookdistill import BatchError, CaptureError, Distiller, Match, MatchError, Similarity, StructureError, similarity
 from hookdistill.hsic import MinibatchCKA, centred_gram
-from hookdistill.similarity import matching
+from hookdistill.layer_maps import matching
 from nets import ResNet, TimmVit, images
 from pairs import Mlp, flags, hooks, mlps, points, readers, same, seeded, state, tokens
 
