@@ -250,7 +250,7 @@ def module_key(name: str) -> str:
 
 def _adapts(term: Match, student: Tensor, other: Tensor) -> bool:
     """Whether shapes are the adapter's business here: between features, not between logits or maps, or against labels."""
-    if term.teacher_address is None or term.spec.compares in ("logits", "labels", "attention"):
+    if term.teacher_address is None or term.spec.compares in ("logits", "labels", "attention", "relations"):
         return False
     if term.spec.compares == "any":  # the user's own loss may bridge other shapes by itself
         return term.adapter != "none" and student.dim() == other.dim() and student.shape[0] == other.shape[0]
