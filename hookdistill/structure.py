@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
+from .addresses import parse
 from .errors import StructureError, listing
-from .paths import has_forward, module_paths, unwrap
+from .paths import has_forward, module_paths, resolve, unwrap
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -26,6 +27,9 @@ _APART = [re.compile(_PROJECTION.format(words)) for words in ("q|query", "k|key"
 _FUSED = re.compile(_PROJECTION.format("qkv|query_key_value|pack|attn"))
 _ATTENTION = re.compile(r"(?:self_?)?att(?:entio)?n")
 _CROSS = re.compile(r"cross|enc(?:oder)?_?(?:dec|attn)|multihead_attn")
+
+
+Predicts = typing.Literal["item", "token", "next token"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,6 +88,52 @@ def stacks(model: nn.Module) -> list[Stack]:
     return found
 
 
+def stack_at(model: nn.Module, address: str) -> Stack:
+    """The blocks that an address without a selector names, as in ``encoder.layer.{0..5}``.
+
+    Raises:
+        AddressError: it does not parse or names nothing.
+        StructureError: the modules it names are not items of one list.
+    """
+    paths = module_paths(model)
+    named = [found.path for found in resolve(model, parse(address))]
+    parents = {path.rpartition(".")[0] for path in named}
+    if len(parents) > 1:
+        raise StructureError(
+            f"{address!r} names modules of several parents, {listing(sorted(parents))}; blocks are items of one"
+        )
+    attentions = list(_attentions(paths))
+    held = {path: [each for each in attentions if _inside(each, path)] for path in named}
+    own = {path: [each for each in inside if not _is_cross(each)] for path, inside in held.items()}
+    suffixes = {each.removeprefix(path).removeprefix(".") for path, inside in own.items() for each in inside}
+    one_each = len(suffixes) == 1 and all(len(inside) == 1 for inside in own.values())
+    cross = any(_is_cross(each) for inside in held.values() for each in inside)
+    names = tuple(path.rpartition(".")[2] for path in named)
+    return Stack(parents.pop(), names, suffixes.pop() if one_each else None, cross, whole=False)
+
+
+def attention_widths(model: nn.Module, path: str) -> list[int] | None:
+    """The widths of query, key and value of an attention, all heads together, where its projections tell them."""
+    module = unwrap(module_paths(model)[path])
+    if isinstance(module, nn.MultiheadAttention):
+        return [module.embed_dim] * 3
+    children = {name.lower(): child for name, child in module._modules.items() if child is not None}
+    apart = [next((child for name, child in children.items() if kind.fullmatch(name)), None) for kind in _APART]
+    if all(child is not None for child in apart):
+        widths = [_width(child) for child in apart if child is not None]
+        return None if None in widths else [width for width in widths if width is not None]
+    fused = next((child for name, child in children.items() if _FUSED.fullmatch(name)), None)
+    weight = getattr(fused, "weight", None)
+    if weight is None or weight.dim() != 2 or max(weight.shape) != 3 * min(weight.shape):
+        return None  # grouped heads in one projection
+    return [min(weight.shape)] * 3
+
+
+def _width(projection: nn.Module) -> int | None:
+    width = getattr(projection, "out_features", getattr(projection, "nf", None))
+    return int(width) if width is not None else None
+
+
 def stages(model: nn.Module) -> list[str]:
     """The paths whose outputs end the stages of a conv net: the last module before each step down in resolution.
 
@@ -129,15 +179,29 @@ def logits(model: nn.Module) -> list[str]:
 
     Empty where the annotated output has no logits, as that of a base model.
     """
-    fields = _output_fields(unwrap(model))
-    if fields is None:
+    kind = _output_kind(unwrap(model))
+    if kind is None:
         return [":output"]
+    fields = [field.name for field in dataclasses.fields(kind)]
     return [":logits"] if "logits" in fields else [f":{field}" for field in fields if "logits" in field]
 
 
 def output_fields(model: nn.Module) -> list[str]:
     """The fields of the model's output where ``forward`` is annotated with a dataclass; else empty."""
-    return _output_fields(unwrap(model)) or []
+    kind = _output_kind(unwrap(model))
+    return [] if kind is None else [field.name for field in dataclasses.fields(kind)]
+
+
+def predicts(model: nn.Module) -> Predicts:
+    """What the logits are about: each item of the batch, each of its tokens, or the token after each.
+
+    Read off the name of the output's class: ``MaskedLMOutput`` is about tokens, ``CausalLMOutput`` about the next ones.
+    """
+    inner = unwrap(model)
+    name = getattr(_output_kind(inner), "__name__", "")
+    if "CausalLM" in name and getattr(inner, "main_input_name", "input_ids") == "input_ids":
+        return "next token"
+    return "token" if "LM" in name or "Token" in name else "item"
 
 
 def described(model: nn.Module) -> str:
@@ -253,16 +317,13 @@ def _is_activation(module: nn.Module) -> bool:
 # --- outputs
 
 
-def _output_fields(model: nn.Module) -> list[str] | None:
-    """The fields of the dataclass that ``forward`` is annotated to return; ``None`` where it is annotated with none."""
+def _output_kind(model: nn.Module) -> type | None:
+    """The dataclass that ``forward`` is annotated to return; ``None`` where it is annotated with none."""
     try:
         annotation = typing.get_type_hints(model.forward).get("return")
     except Exception:  # names that exist for the type checker alone
         return None
-    for kind in _members(annotation):
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            return [field.name for field in dataclasses.fields(kind)]
-    return None
+    return next((kind for kind in _members(annotation) if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
 
 
 def _members(annotation: object) -> Iterable[object]:
