@@ -123,6 +123,8 @@ class Distiller(nn.Module):
         """
         if self._recorders is None:
             self._dry_run(batch, make_adapters=False)
+        if self.training and torch.is_grad_enabled() and self.loss.settle():
+            self.close()  # other layers are needed now
         if step is None:
             step = self._step
             self._step += int(self.training and torch.is_grad_enabled())
@@ -157,6 +159,10 @@ class Distiller(nn.Module):
         return True
 
     def _dry_run(self, batch: Any, *, make_adapters: bool) -> Plan:
+        if self.loss.settle() or self.loss.undecided:
+            self.close()
+        if self.loss.undecided:
+            self._choose(batch)
         opened_here, adapters = self._recorders is None, set(self.adapters)
         try:
             with self._running(batch, dry=True) as run, undisturbed(self.student):
@@ -168,7 +174,7 @@ class Distiller(nn.Module):
                         compared[name] = tensors = self.loss.tensors(name, teachers, student, batch)
                         check_values(term, tensors.student, tensors.other, tensors.mask)
                         if make_adapters:
-                            self.loss.add_adapter(name, tensors.student, tensors.other)
+                            self.loss.add_adapters(name, teachers, student, batch)
                 parts = losses.finish(teachers).parts
                 rows = tuple(
                     row(name, self.loss.terms[name], tensors, self.loss.adapter(name), losses.choices[name], float(parts[name]))
@@ -181,6 +187,14 @@ class Distiller(nn.Module):
                 del self.adapters[key]
             raise
         return Plan(rows=rows, inputs=self._inputs(batch).lines())
+
+    def _choose(self, batch: Any) -> None:
+        """Both models run to their ends once, so that entries can choose among all their teacher layers."""
+        try:
+            with self._running(batch, dry=True) as run, undisturbed(self.student):
+                self.loss.choose(run.teachers(), run.student(), batch)
+        finally:
+            self.close()  # fewer layers are needed from now on
 
     @contextlib.contextmanager
     def _running(self, batch: Any, *, dry: bool = False) -> Iterator[_Run]:
@@ -197,7 +211,7 @@ class Distiller(nn.Module):
     def _open(self, batch: Any) -> None:
         """Put the hooks on, now that the batch tells which masks and targets are addresses in the student."""
         terms = self.loss.terms
-        ours = [term.student_address for term in terms.values()]
+        ours = [address for term in terms.values() for address in term.student_addresses]
         for name, term in terms.items():
             for what, source in (("mask", term.mask), ("target", term.target)):
                 if isinstance(source, (str, int)) and not has_item(batch, source):
@@ -219,7 +233,7 @@ class Distiller(nn.Module):
 
     def _teacher_addresses(self, name: str | None) -> list[Address]:
         terms = self.loss.terms.values()
-        return [each.teacher_address for each in terms if each.teacher_address and each.teacher_model == name]
+        return [address for each in terms if each.teacher_model == name for address in each.teacher_addresses]
 
     def _source_address(self, what: str, source: BatchKey, batch: Any) -> Address:
         try:

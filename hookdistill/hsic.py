@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import CaptureError
 
 FEWEST = 4  # examples for which the unbiased estimate exists
+MOST_TOKENS = 1024
 
 
 def centred_gram(features: Tensor) -> Tensor:
@@ -72,6 +73,30 @@ class MinibatchCKA:
         """For each teacher and each student layer whether its sums are finite numbers."""
         assert self._sums is not None
         return self._sums[1].isfinite().tolist(), self._sums[2].isfinite().tolist()
+
+
+def same_tokens(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are ``[batch, tokens, width]`` with the same tokens."""
+    return all(tensor.dim() == 3 and tensor.shape[:2] == tensors[0].shape[:2] for tensor in tensors)
+
+
+def token_features(tensors: Sequence[Tensor], valid: Tensor | None, *, most: int = MOST_TOKENS) -> list[Tensor]:
+    """The features ``[n, width]`` of the valid tokens of each ``[batch, tokens, width]``, at most ``most``, evenly spread."""
+    shape = tensors[0].shape[:2]
+    kept = torch.ones(shape, dtype=torch.bool) if valid is None else valid.cpu()
+    if kept.shape != shape:
+        raise CaptureError(f"the mask {list(kept.shape)} does not fit the tokens {list(shape)} of the layers; give mask=None")
+    where = kept.flatten().nonzero()[:, 0]
+    if len(where) > most:
+        where = where[torch.linspace(0, len(where) - 1, most).round().long()]
+    return [each.flatten(0, 1)[where.to(each.device)] for each in tensors]
+
+
+def item_features(tensor: Tensor, valid: Tensor | None) -> Tensor:
+    """The features of each item of the batch; invalid tokens of ``[batch, tokens, width]`` are zero in all of them."""
+    if valid is not None and tensor.dim() == 3 and tensor.shape[:2] == valid.shape:
+        return tensor.masked_fill(~valid.to(tensor.device)[..., None], 0)
+    return tensor
 
 
 def _widest(device: torch.device) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
@@ -15,7 +15,7 @@ from .adapters import check_adapter_name
 from .addresses import Address, parse
 from .batches import BatchKey
 from .errors import AddressError, HookDistillError, LossError, MatchError, did_you_mean, listing
-from .layer_maps import LAYER_MAPS
+from .layer_maps import LayerMap, as_layer_map
 from .losses.registry import LossSpec, loss_spec
 
 Schedule = Callable[[int], float]
@@ -42,7 +42,10 @@ class Match:
             student tensor.
         temperature: for losses that take one; positive, or a function of the step.
         teacher_model: which of several teachers.
-        layer_map: how wildcards are paired.
+        layer_map: how wildcards on both sides are paired: by the numbers of layers (``"uniform"``, ``"last"``, ``"first"``,
+            ``"skip"``, ``"spread"``), in pairs ``[(teacher position, student position), …]``, by a function of both numbers, or
+            by the data (``"min_loss"``, ``"min_loss_fixed"``, ``"emd"``, ``"attention"``, ``"cka"``; see
+            `hookdistill.layer_maps`).
         name: key of the value in ``losses.parts``; default ``student <- teacher: loss``.
         loss_args: further keyword arguments of the loss.
 
@@ -60,12 +63,17 @@ class Match:
     adapter: str | nn.Module
     temperature: float | Schedule
     teacher_model: str | None
-    layer_map: str
+    layer_map: Any
     name: str | None
     loss_args: Mapping[str, Any]
     spec: LossSpec = field(repr=False)
     teacher_address: Address | None = field(repr=False)
     student_address: Address = field(repr=False)
+    paired_by: LayerMap = field(repr=False)
+    entry: Match | None = field(repr=False)
+    """Where a map by the data is to choose: the entry as it was written."""
+    members: tuple[tuple[Match, ...], ...] = field(repr=False)
+    """Where a map by the data is to choose: for each student layer one match for each teacher layer; else empty."""
 
     def __init__(
         self,
@@ -80,7 +88,7 @@ class Match:
         adapter: str | nn.Module = "auto",
         temperature: float | Schedule = 1.0,
         teacher_model: str | None = None,
-        layer_map: str = "uniform",
+        layer_map: Any = "uniform",
         name: str | None = None,
         **loss_args: Any,
     ) -> None:
@@ -104,9 +112,9 @@ class Match:
         _check_number("temperature", self.temperature, lowest=0.0)
         _check_sources(self)
         _check_loss_args(self)
-        if not isinstance(self.layer_map, str) or self.layer_map not in LAYER_MAPS:
-            hint = did_you_mean(str(self.layer_map), LAYER_MAPS)
-            raise MatchError(f"unknown layer_map {self.layer_map!r}.{hint} Known are {listing(LAYER_MAPS)}")
+        object.__setattr__(self, "paired_by", as_layer_map(self.layer_map))
+        object.__setattr__(self, "members", ())
+        object.__setattr__(self, "entry", None)
         for address in (self.student_address, self.teacher_address):
             if address is not None and address.call == "*":
                 raise MatchError(f"{str(address)!r} is a list of tensors; a match compares one: choose a call, as in @-1")
@@ -120,6 +128,27 @@ class Match:
         for key, value in {**changed, "name": name or self.name}.items():
             object.__setattr__(twin, key, value)
         return twin
+
+    def among(self, members: Sequence[Sequence[Match]], student: Address, *, name: str | None) -> Match:
+        """This entry, or one student layer of it, as a choice among ``members``; it keeps the teacher's wildcard as its
+        address.
+        """
+        twin = self.at(self.teacher_address, student, name=name, teacher_model=members[0][0].teacher_model)
+        object.__setattr__(twin, "members", tuple(map(tuple, members)))
+        object.__setattr__(twin, "entry", self)
+        return twin
+
+    @property
+    def teacher_addresses(self) -> list[Address]:
+        """All that the entry may need of its teacher."""
+        if self.members:
+            return [each.teacher_address for row in self.members for each in row if each.teacher_address is not None]
+        return [] if self.teacher_address is None else [self.teacher_address]
+
+    @property
+    def student_addresses(self) -> list[Address]:
+        """All that the entry needs of the student."""
+        return [row[0].student_address for row in self.members] or [self.student_address]
 
     @property
     def label(self) -> str:

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from .addresses import parse
 from .batches import BatchAdaptor, BatchKey, Inputs, given_inputs, has_item, model_inputs, pick
 from .capture import Capture
 from .errors import BatchError, CaptureError, StructureError, listing
-from .hsic import FEWEST, MinibatchCKA
+from .hsic import FEWEST, MOST_TOKENS, MinibatchCKA, item_features, same_tokens, token_features
 from .layer_maps import Order, matching
 from .matches import Match
 from .running import device_of, undisturbed
@@ -111,7 +110,7 @@ def similarity(
     student_layers: str | Sequence[str] | None = None,
     mask: BatchKey | None = "attention_mask",
     examples: Literal["auto", "items", "tokens"] = "auto",
-    max_examples: int = 1024,
+    max_examples: int = MOST_TOKENS,
     batches: int | None = None,
     batch_adaptor: BatchAdaptor | None = None,
 ) -> Similarity:
@@ -122,11 +121,9 @@ def similarity(
     as they were.
 
     Args:
-        loader: any iterable of batches as `Distiller` takes them; the more examples a batch has, the less the estimate
-        scatters.
-        teacher_layers, student_layers: addresses, wildcards welcome (``"encoder.layer.*"``); by default the repeated blocks of
-        a
-            transformer, or the stages of a conv net.
+        loader: any iterable of batches as `Distiller` takes them; larger batches make the estimate scatter less.
+        teacher_layers, student_layers: addresses, wildcards welcome (``"encoder.layer.*"``); by default the repeated blocks
+            of a transformer, or the stages of a conv net.
         mask: item of the batch that is nonzero at valid tokens. It is used where the batch has it and the layer is
             ``[batch, tokens, width]``; other tokens then do not count.
         examples: what is compared. ``"items"``: each item of the batch, with its whole output as features. ``"tokens"``: each
@@ -155,11 +152,11 @@ def similarity(
         ours = _captured(student, wanted[1], inputs[1])
         names = [tuple(theirs), tuple(ours)]
         valid = _mask(batch, mask)
-        kind = kind or ("tokens" if _same_tokens([*theirs.values(), *ours.values()]) else "items")
+        kind = kind or ("tokens" if same_tokens([*theirs.values(), *ours.values()]) else "items")
         if kind == "tokens":
             sides = _tokens(theirs, ours, valid, max_examples)
         else:
-            sides = [[_items(each, valid) for each in side.values()] for side in (theirs, ours)]
+            sides = [[item_features(each, valid) for each in side.values()] for side in (theirs, ours)]
             _check_same_items(theirs, ours)
         if len(sides[0][0]) < FEWEST:
             smallest = max(smallest, len(sides[0][0]))
@@ -221,35 +218,16 @@ def _mask(batch: Any, mask: BatchKey | None) -> Tensor | None:
     return found != 0 if isinstance(found, Tensor) and found.dim() == 2 else None
 
 
-def _same_tokens(tensors: list[Tensor]) -> bool:
-    return all(tensor.dim() == 3 and tensor.shape[:2] == tensors[0].shape[:2] for tensor in tensors)
-
-
 def _tokens(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], valid: Tensor | None, most: int) -> list[list[Tensor]]:
-    """The features of the valid tokens, at most ``most`` of them, of each layer on either side."""
-    everything = [*theirs.values(), *ours.values()]
-    if not _same_tokens(everything):
-        shapes = {address: str(list(tensor.shape)) for address, tensor in (*theirs.items(), *ours.items())}
+    everything = {**theirs, **{f"student {address}": tensor for address, tensor in ours.items()}}
+    if not same_tokens(list(everything.values())):
+        shapes = listing(f"{address}: {list(tensor.shape)}" for address, tensor in everything.items())
         raise CaptureError(
             "examples='tokens' needs layers [batch, tokens, width] with the same tokens on both sides, and there are "
-            f"{listing(f'{address}: {shape}' for address, shape in shapes.items())}. Use examples='items'"
+            f"{shapes}. Use examples='items'"
         )
-    kept = torch.ones(everything[0].shape[:2], dtype=torch.bool) if valid is None else valid.cpu()
-    if kept.shape != everything[0].shape[:2]:
-        raise CaptureError(
-            f"the mask {list(kept.shape)} does not fit the tokens {list(everything[0].shape[:2])} of the layers; give mask=None"
-        )
-    where = kept.flatten().nonzero()[:, 0]
-    if len(where) > most:
-        where = where[torch.linspace(0, len(where) - 1, most).round().long()]
-    return [[each.flatten(0, 1)[where.to(each.device)] for each in side.values()] for side in (theirs, ours)]
-
-
-def _items(tensor: Tensor, valid: Tensor | None) -> Tensor:
-    """The features of each item of the batch; invalid tokens are zero in all of them."""
-    if valid is not None and tensor.dim() == 3 and tensor.shape[:2] == valid.shape:
-        return tensor.masked_fill(~valid.to(tensor.device)[..., None], 0)
-    return tensor
+    features = token_features(list(everything.values()), valid, most=most)
+    return [features[: len(theirs)], features[len(theirs) :]]
 
 
 def _check_same_items(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:

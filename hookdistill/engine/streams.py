@@ -24,7 +24,9 @@ def streams(terms: Mapping[str, Match]) -> Streams:
     origins = defaultdict(set)
     kept = set()
     for term in terms.values():
-        if term.teacher_address is not None:
+        if term.members:
+            kept |= {(term.teacher_model, address) for address in term.teacher_addresses}
+        elif term.teacher_address is not None:
             origin = (term.teacher_model, term.teacher_address)
             origins[term.student_address].add(origin)
             if term.spec.name not in FORMS or isinstance(term.adapter, nn.Module):
@@ -34,6 +36,10 @@ def streams(terms: Mapping[str, Match]) -> Streams:
             kept |= several
     found: dict[tuple[str | None, Address], list[str]] = {}
     for name, term in terms.items():
-        if term.teacher_address is not None and (origin := (term.teacher_model, term.teacher_address)) not in kept:
+        if (
+            term.teacher_address is not None
+            and not term.members
+            and (origin := (term.teacher_model, term.teacher_address)) not in kept
+        ):
             found.setdefault(origin, []).append(name)
     return found

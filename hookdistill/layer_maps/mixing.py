@@ -25,13 +25,8 @@ def mix(student: Tensor, teachers: Sequence[Tensor], mask: Tensor | None = None)
         mask: valid positions: a tensor of the leading dimensions of the student, nonzero where valid.
 
     Raises:
-        MatchError: the teacher tensors differ in shape.
+        MatchError: the mask does not fit.
     """
-    if shapes := {tuple(each.shape) for each in teachers} - {tuple(student.shape)}:
-        raise MatchError(
-            f"layer_map='attention' mixes teacher tensors, which must have one shape, that of the adapted student tensor "
-            f"{list(student.shape)}; there are {sorted(map(list, shapes))}"
-        )
     stacked = torch.stack(list(teachers)).to(student.dtype)
     products = (student * stacked).sum(-1) / student.shape[-1] ** 0.5
     scores = _mean_over_positions(products, mask).T

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import MatchError, did_you_mean, listing
 
@@ -52,6 +52,15 @@ STATIC: dict[str, Callable[[int, int], list[int]]] = {
     "skip": skip,
     "spread": spread,
 }
+
+
+def positions_of(given: str | Callable[[int, int], Iterable[int]], teacher: int, student: int) -> list[int]:
+    """For each of ``student`` layers the position of its teacher layer, by the name of a map or a function of both numbers.
+
+    Raises:
+        MatchError: as `chosen` does.
+    """
+    return chosen(given if isinstance(given, str) else list(given(teacher, student)), teacher, student)
 
 
 def chosen(layers: str | Sequence[int], teacher: int, student: int) -> list[int]:

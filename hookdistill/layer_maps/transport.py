@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SHARPNESS = (8, 16, 32, 64, 128, 256, 512)  # 1 / regularisation, of costs scaled to [0, 1]; exp(-500) is a normal float64
-_ROUNDS = 25
+_SHARPNESS = (8, 16, 32, 64, 128, 256, 512)  # 1 / regularisation, for costs scaled to [0, 1]
+_ROUNDS = 15
+_LEAST = 1e-6
 
 
 @torch.no_grad()
@@ -24,17 +25,22 @@ def transport(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
     dtype = torch.float32 if cost.device.type == "mps" else torch.float64
     costs, rows, columns = cost.to(dtype), supply.to(cost.device, dtype), demand.to(cost.device, dtype)
     low, high = costs.min(), costs.max()
-    scaled = (costs - low) / (high - low).clamp_min(torch.finfo(dtype).tiny)
     tiny = torch.finfo(dtype).tiny
+    scaled = (costs - low) / (high - low).clamp_min(tiny)
+    log_rows, log_columns = rows.log(), columns.log()
     left, right = torch.zeros_like(rows), torch.zeros_like(columns)  # potentials
-    for sharpness in _SHARPNESS if dtype is torch.float64 else _SHARPNESS[:2]:
-        kernel = (-sharpness * (scaled - left[:, None] - right[None, :])).exp()
+    for sharpness in _SHARPNESS:
+        # One round on logarithms brings every row of the kernel to its sum, so that the others can multiply without overflow.
+        right = (log_columns - (sharpness * (left[:, None] - scaled)).logsumexp(0)) / sharpness
+        left = (log_rows - (sharpness * (right - scaled)).logsumexp(1)) / sharpness
+        kernel = (sharpness * (left[:, None] + right - scaled)).exp()
         u, v = torch.ones_like(rows), torch.ones_like(columns)
         for _ in range(_ROUNDS):
+            v = columns / (u @ kernel).clamp_min(tiny)
             u = rows / (kernel @ v).clamp_min(tiny)
-            v = columns / (kernel.T @ u).clamp_min(tiny)
-        left, right = left + u.clamp_min(tiny).log() / sharpness, right + v.clamp_min(tiny).log() / sharpness
-    return _feasible(u[:, None] * kernel * v[None, :], rows, columns).to(cost.dtype)
+        left, right = left + u.log() / sharpness, right + v.log() / sharpness
+    flow = u[:, None] * kernel * v
+    return _feasible(flow, rows, columns).to(cost.dtype)
 
 
 @torch.no_grad()
@@ -42,11 +48,14 @@ def cost_attention(flow: Tensor, cost: Tensor, weights: Tensor, *, temperature: 
     """New weights of the layers along the first dimension: the cheaper a layer's unit of weight is moved, the more it gets.
 
     With C the cost of moving layer i over its weight, softmax of (Σ C / C_i) / temperature (eq. 12 to 14). As in the authors'
-    code, a layer that costs nothing gets the least; their default temperature is 1.
+    code, a layer that costs nothing gets the least; their default temperature is 1. No weight falls below 1e-6, from which no
+    layer could come back.
     """
-    unit = (flow * cost).sum(1) / weights.to(cost.dtype).clamp_min(torch.finfo(cost.dtype).tiny)
-    ratio = torch.where(unit > 0, unit.sum() / unit.clamp_min(torch.finfo(cost.dtype).tiny), 0.0)
-    return (ratio / temperature).softmax(0).to(weights.dtype)
+    weights, flow, cost = weights.double(), flow.double(), cost.double()
+    unit = (flow * cost).sum(1) / weights
+    ratio = torch.where(unit > 0, unit.sum() / unit.clamp_min(torch.finfo(unit.dtype).tiny), 0.0)
+    moved = (ratio / temperature).softmax(0).clamp_min(_LEAST)
+    return moved / moved.sum()
 
 
 def _feasible(flow: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
