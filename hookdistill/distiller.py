@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from .addresses import Address, parse
 from .batches import BatchAdaptor, BatchKey, Inputs, check_fits, contents, given_inputs, has_item, model_inputs
 from .capture import Captured
-from .engine import DistillationLoss, Losses, Shares, Step, in_match
+from .engine import DistillationLoss, Losses, Shares, Step, in_match, student_inputs, teacher_inputs
 from .errors import AddressError, BatchError, HookDistillError, MatchError, listing
 from .export import save_student
 from .matches import Match, as_matches
 from .paths import resolve, unwrap
 from .plan import Plan, check_values, expand, row
 from .recorder import Receiver, Recorder, Recorders
-from .running import device_of, teaching, undisturbed
+from .running import device_of, evaluating, teaching, undisturbed
 
 ORDERS = ("student first", "teacher first")
 
@@ -163,9 +163,9 @@ class Distiller(nn.Module):
             self.close()
         if self.loss.undecided:
             self._choose(batch)
-        opened_here, adapters = self._recorders is None, set(self.adapters)
+        opened_here, adapters, states = self._recorders is None, set(self.adapters), set(self.loss.loss_modules)
         try:
-            with self._running(batch, dry=True) as run, undisturbed(self.student):
+            with self._running(batch, dry=True) as run, undisturbed(self.student), evaluating(self.loss):
                 teachers, student = run.teachers(), run.student()
                 losses = self.loss.begin(student, batch, step=self._step)
                 compared = {}
@@ -175,9 +175,18 @@ class Distiller(nn.Module):
                         check_values(term, tensors.student, tensors.other, tensors.mask)
                         if make_adapters:
                             self.loss.add_adapters(name, teachers, student, batch)
+                            self.loss.add_state(name, teachers, student, batch)
                 parts = losses.finish(teachers).parts
                 rows = tuple(
-                    row(name, self.loss.terms[name], tensors, self.loss.adapter(name), losses.choices[name], float(parts[name]))
+                    row(
+                        name,
+                        self.loss.terms[name],
+                        tensors,
+                        self.loss.adapter(name),
+                        losses.choices[name],
+                        float(parts[name]),
+                        state=self.loss.state(name),
+                    )
                     for name, tensors in compared.items()
                 )
         except BaseException:
@@ -185,7 +194,11 @@ class Distiller(nn.Module):
                 self.close()
             for key in set(self.adapters) - adapters:
                 del self.adapters[key]
+            for key in set(self.loss.loss_modules) - states:
+                del self.loss.loss_modules[key]
             raise
+        for key in set(self.loss.loss_modules) - states:  # made in a dry run, which is in eval mode
+            self.loss.loss_modules[key].train(self.loss.training)
         return Plan(rows=rows, inputs=self._inputs(batch).lines())
 
     def _choose(self, batch: Any) -> None:
@@ -213,7 +226,7 @@ class Distiller(nn.Module):
         terms = self.loss.terms
         ours = [address for term in terms.values() for address in term.student_addresses]
         for name, term in terms.items():
-            for what, source in (("mask", term.mask), ("target", term.target)):
+            for what, source in {"mask": term.mask, "target": term.target, **student_inputs(term)}.items():
                 if isinstance(source, (str, int)) and not has_item(batch, source):
                     with in_match(name):
                         ours.append(self._source_address(what, source, batch))
@@ -232,8 +245,9 @@ class Distiller(nn.Module):
         weakref.finalize(self, self._recorders.close)
 
     def _teacher_addresses(self, name: str | None) -> list[Address]:
-        terms = self.loss.terms.values()
-        return [address for each in terms if each.teacher_model == name for address in each.teacher_addresses]
+        terms = [each for each in self.loss.terms.values() if each.teacher_addresses and each.teacher_model == name]
+        named = [address for each in terms for address in each.teacher_addresses]
+        return [*named, *(address for each in terms for address in teacher_inputs(each))]
 
     def _source_address(self, what: str, source: BatchKey, batch: Any) -> Address:
         try:
@@ -255,6 +269,9 @@ class Distiller(nn.Module):
         terms = self.loss.terms.values()
         targets = {each.target for each in terms if isinstance(each.target, (str, int))}
         masks = {each.mask for each in terms if isinstance(each.mask, (str, int))}
+        further = {each for term in terms for each in student_inputs(term).values() if isinstance(each, (str, int))}
+        # As targets they fill no parameter by position; as masks they are not withheld from a parameter of their name.
+        targets, masks = targets | further, masks | further
         return _AllInputs(
             {name: model_inputs(model, batch, targets=targets, masks=masks) for name, model in running.items()},
             model_inputs(self.student, batch, targets=targets, masks=masks),

@@ -66,7 +66,10 @@ def rows_of(
         tensors = [compared(member, teacher_captures, student_captures, batch) for member in members]
         student = tensors[0].student
         check_trains(members[0], student)
-        given = options(members[0], tensors[0], batch, student_captures, step)
+        if isinstance(term.paired_by, Cka):
+            given: dict[str, Any] = {"mask": tensors[0].mask}
+        else:
+            given = options(members[0], tensors[0], teacher_captures, student_captures, batch, step, None)
         if adapter is not None:
             _check_one_shape(term, tensors)
             student = adapted(members[0], adapter(row_name(name, term, number)), tensors[0])

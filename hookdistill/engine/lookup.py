@@ -10,7 +10,7 @@ from torch import Tensor
 from ..addresses import Address, parse
 from ..batches import contents, has_item, pick
 from ..errors import AddressError, BatchError, MatchError, listing
-from ..matches import Source
+from ..inputs import Source
 from .blame import user_code
 
 Captures = Mapping[str, Mapping[str, Tensor]]

@@ -72,7 +72,8 @@ class Step:
         terms: the entries by name.
         adapter: gives the adapter of an entry.
         student_captures: ``{layer: {output: tensor}}``, complete.
-        batch: where masks and targets are looked up.
+        batch: where masks, targets and further inputs are looked up.
+        state: gives the module of an entry whose loss has one.
         step: what schedules are asked for.
         shares: a factor on the weight of entries, by name.
         impl: see `DistillationLoss`.
@@ -86,11 +87,13 @@ class Step:
         student_captures: Captures,
         batch: Any,
         *,
+        state: Callable[[str], nn.Module | None],
         step: int = 0,
         shares: Shares | None = None,
         impl: str = "auto",
         choices: Choices | None = None,
     ) -> None:
+        self.state = state
         self.terms, self.adapter, self.student_captures, self.batch = terms, adapter, student_captures, batch
         self.step, self.shares, self.impl = step, shares or {}, impl
         self.choices: dict[str, Choice] = {}
@@ -116,7 +119,8 @@ class Step:
             if term.members:
                 self._take_rows(name, term, teacher_captures)
                 return
-            self._take(name, term, compared(term, teacher_captures, self.student_captures, self.batch))
+            tensors = compared(term, teacher_captures, self.student_captures, self.batch)
+            self._take(name, term, tensors, teacher_captures)
 
     def offer(self, names: Sequence[str], teacher_captures: Any) -> None:
         """Compute entries in the middle of the teacher's forward, which may overwrite its tensors as soon as this returns.
@@ -131,7 +135,7 @@ class Step:
                 term = self.terms[name]
                 with in_match(name):
                     tensors = compared(term, teacher_captures, self.student_captures, self.batch)
-                    self._take(name, term, tensors, transient=True)
+                    self._take(name, term, tensors, teacher_captures, transient=True)
 
     def finish(self, teacher_captures: Any) -> Losses:
         """Take the entries that are left, and give the losses of all.
@@ -161,9 +165,9 @@ class Step:
         assert total is not None  # as_matches refuses an empty list
         return Losses(total, {name: self._values[name] for name in self.terms})
 
-    def _take(self, name: str, term: Match, tensors: Compared, *, transient: bool = False) -> None:
+    def _take(self, name: str, term: Match, tensors: Compared, teacher_captures: Any, *, transient: bool = False) -> None:
         check_trains(term, tensors.student)
-        arguments = options(term, tensors, self.batch, self.student_captures, self.step)
+        arguments = options(term, tensors, teacher_captures, self.student_captures, self.batch, self.step, self.state(name))
         student = adapted(term, self.adapter(name), tensors)
         weight = at_step("weight", term.weight, self.step) * self.shares.get(name, 1.0)
         call = _Call(name, term, weakref.ref(student), weakref.ref(tensors.origin), arguments, weight)

@@ -10,6 +10,7 @@ from torch import nn
 from ..addresses import Address
 from ..fused.forms import FORMS
 from ..matches import Match
+from .terms import teacher_inputs
 
 Streams = Mapping[tuple[str | None, Address], Sequence[str]]
 """Entries by the teacher, and the address in it, whose tensor completes all that they wait for."""
@@ -29,17 +30,16 @@ def streams(terms: Mapping[str, Match]) -> Streams:
         elif term.teacher_address is not None:
             origin = (term.teacher_model, term.teacher_address)
             origins[term.student_address].add(origin)
-            if term.spec.name not in FORMS or isinstance(term.adapter, nn.Module):
+            if term.spec.name not in FORMS or isinstance(term.adapter, nn.Module) or term.further:
                 kept.add(origin)
+        kept.update((term.teacher_model, each) for each in teacher_inputs(term))
     for several in origins.values():
         if len(several) > 1:
             kept |= several
     found: dict[tuple[str | None, Address], list[str]] = {}
     for name, term in terms.items():
-        if (
-            term.teacher_address is not None
-            and not term.members
-            and (origin := (term.teacher_model, term.teacher_address)) not in kept
-        ):
-            found.setdefault(origin, []).append(name)
+        if term.teacher_address is None or term.members:
+            continue
+        if (term.teacher_model, term.teacher_address) not in kept:
+            found.setdefault((term.teacher_model, term.teacher_address), []).append(name)
     return found

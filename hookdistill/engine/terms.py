@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, feature_dim, fit_adapter
+from ..addresses import Address
 from ..errors import MatchError
+from ..inputs import Source
 from ..matches import Match
 from .blame import at_step, user_code
 from .lookup import Captures, captured, captures_of, sourced
+from .states import with_state
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,9 +58,53 @@ def check_trains(term: Match, student: Tensor) -> None:
         )
 
 
-def options(term: Match, tensors: Compared, batch: Any, student_captures: Captures, step: int) -> dict[str, Any]:
-    """The keyword arguments of the loss."""
-    given = dict(term.loss_args)
+def teacher_inputs(term: Match) -> list[Address]:
+    """The addresses in the teacher of an entry's further inputs."""
+    return [source for each in term.further for source in each.sources if isinstance(source, Address)]
+
+
+def student_inputs(term: Match) -> dict[str, Source]:
+    """What an entry looks up in the batch or in the student besides its own tensor, by what it is for."""
+    named: dict[str, Source] = {}
+    for each in term.further:
+        for number, source in enumerate(each.sources):
+            if not isinstance(source, Address):
+                named[f"inputs[{each.name!r}]" + (f"[{number}]" if each.several else "")] = source
+    return named
+
+
+def further_tensors(
+    term: Match, teacher_captures: Any, student_captures: Captures, batch: Any, device: torch.device
+) -> dict[str, Tensor | list[Tensor]]:
+    """The further inputs of an entry by the loss's keyword, on ``device``; those of the teacher detached."""
+    found: dict[str, Tensor | list[Tensor]] = {}
+    for each in term.further:
+        tensors = []
+        for source in each.sources:
+            if isinstance(source, Address):
+                tensors.append(captured(captures_of(teacher_captures, term.teacher_model), source, "teacher").detach())
+            else:
+                tensors.append(sourced(f"inputs[{each.name!r}]", source, batch, student_captures))
+        moved = [tensor.to(device) for tensor in tensors]
+        found[each.name] = moved if each.several else moved[0]
+    return found
+
+
+def options(
+    term: Match,
+    tensors: Compared,
+    teacher_captures: Any,
+    student_captures: Captures,
+    batch: Any,
+    step: int,
+    state: nn.Module | None,
+) -> dict[str, Any]:
+    """The keyword arguments of the loss.
+
+    Raises:
+        HookDistillError: one of its tensors is not there, or its state.
+    """
+    given = {**term.loss_args, **further_tensors(term, teacher_captures, student_captures, batch, tensors.student.device)}
     if tensors.mask is not None:
         given["mask"] = tensors.mask
     if term.spec.accepts_temperature:
@@ -66,7 +113,7 @@ def options(term: Match, tensors: Compared, batch: Any, student_captures: Captur
         given["dim"] = features_at(term, tensors.student)
     if term.teacher_address is not None and term.target is not None:
         given["target"] = sourced("target", term.target, batch, student_captures).to(tensors.student.device)
-    return given
+    return given if term.spec.state is None else with_state(term, given, state)
 
 
 def adapted(term: Match, adapter: nn.Module | None, tensors: Compared) -> Tensor:

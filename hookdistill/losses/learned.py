@@ -158,7 +158,7 @@ class FactorState(nn.Module):
         self.translator = block(ours, ours, factors, factors)
 
 
-@register_loss("factor_transfer", compares="relations", state=FactorState)
+@register_loss("factor_transfer", compares="relations", per="sample", state=FactorState)
 def factor_transfer(
     student: Tensor,
     teacher: Tensor,
@@ -246,7 +246,7 @@ class ReviewState(nn.Module):
         self.fusion = Fusion(widths, [target.shape[1] for target in targets], mid or min(widths[0], 512))
 
 
-@register_loss("reviewkd", compares="relations", state=ReviewState)
+@register_loss("reviewkd", compares="relations", per="sample", state=ReviewState)
 def reviewkd(
     student: Tensor,
     teacher: Tensor,
@@ -262,9 +262,10 @@ def reviewkd(
 
     ``student`` and ``teacher`` are the deepest stage ``[batch, channels, height, width]``; ``students`` and ``teachers`` the
     shallower ones, from deep to shallow. ``fusion`` maps the list of all student stages to as many maps of the teacher's
-    widths. Each is compared by the mean square, at full size with weight 1 and pooled to each of the ``levels`` that is smaller with
-    weights 1/2, 1/4, …, divided by the sum of the weights. The value is that of one sample; the mask is ``[batch]``. Chen et
-    al., *Distilling Knowledge via Knowledge Review*, 2021, arXiv 2104.09044, section 3; the weights are those of their code.
+    widths. Each is compared by the mean square, at full size with weight 1 and pooled to each of the ``levels`` that is
+    smaller with weights 1/2, 1/4, …, divided by the sum of the weights. The value is that of one sample; the mask is
+    ``[batch]``. Chen et al., *Distilling Knowledge via Knowledge Review*, 2021, arXiv 2104.09044, section 3; the weights are
+    those of their code.
 
     Also raises ``LossError`` for different numbers of stages.
     """

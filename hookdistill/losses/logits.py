@@ -78,7 +78,7 @@ def reverse_kl(
 ) -> Tensor:
     """KL(student ‖ teacher), the student keeping to the teacher's modes; infinite if it leaves what the teacher allows.
 
-    Gu et al., *MiniLLM: Knowledge Distillation of Large Language Models*, 2023.
+    Gu et al., *MiniLLM: Knowledge Distillation of Large Language Models*, 2023, arXiv 2306.08543.
     """
 
     def value(s: Tensor, t: Tensor) -> Tensor:
@@ -194,7 +194,8 @@ def tvd(
     """Total variation distance, half the sum of ``|p_t - p_s|``: in [0, 1] at temperature one, no gradient at a tie.
 
     Its gradient is not as steep as that of a divergence, so with the factor ``temperature ** 2`` it grows with the
-    temperature. Wen et al., *f-Divergence Minimization for Sequence-Level Knowledge Distillation*, 2023.
+    temperature. Wen et al., *f-Divergence Minimization for Sequence-Level Knowledge Distillation*, 2023,
+    arXiv 2307.15190.
     """
 
     def value(s: Tensor, t: Tensor) -> Tensor:

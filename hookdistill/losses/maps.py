@@ -20,7 +20,7 @@ from .reduction import Reduction, check_teacher, compare_maps, map_pair, reduce
 from .registry import register_loss
 
 
-@register_loss("attention_transfer", compares="relations")
+@register_loss("attention_transfer", compares="relations", per="sample")
 def attention_transfer(
     student: Tensor,
     teacher: Tensor,
@@ -48,7 +48,7 @@ def attention_transfer(
     return compare_maps("attention_transfer", value, student, teacher, mask=mask, reduction=reduction, dim=dim)
 
 
-@register_loss("nst", compares="relations")
+@register_loss("nst", compares="relations", per="sample")
 def nst(
     student: Tensor,
     teacher: Tensor,
@@ -80,7 +80,7 @@ def nst(
     return compare_maps("nst", value, student, teacher, mask=mask, reduction=reduction, dim=dim)
 
 
-@register_loss("fsp", compares="relations")
+@register_loss("fsp", compares="relations", per="sample")
 def fsp(
     student: Tensor,
     teacher: Tensor,
@@ -119,7 +119,7 @@ def fsp(
     return reduce((ours - theirs).square().mean((1, 2)), None if mask is None else places.any(-1), reduction)
 
 
-@register_loss("ickd", compares="features")
+@register_loss("ickd", compares="features", per="sample")
 def ickd(
     student: Tensor,
     teacher: Tensor,
@@ -142,7 +142,7 @@ def ickd(
     return compare_maps("ickd", value, student, teacher, mask=mask, reduction=reduction, dim=dim, same_width=True)
 
 
-@register_loss("cwd", compares="features")
+@register_loss("cwd", compares="features", per="sample")
 def cwd(
     student: Tensor,
     teacher: Tensor,

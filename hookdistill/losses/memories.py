@@ -68,7 +68,7 @@ class CrdState(nn.Module):
         self.memory = ContrastMemory(samples, width)
 
 
-@register_loss("crd", compares="relations", state=CrdState)
+@register_loss("crd", compares="relations", per="sample", state=CrdState)
 def crd(
     student: Tensor,
     teacher: Tensor,
@@ -87,13 +87,13 @@ def crd(
     """Contrastive representation distillation: tell a sample's teacher embedding from those of others, and the reverse.
 
     ``index`` ``[batch]`` says which training samples these are. Each side's embedding, at length one, is compared with the
-    other side's memory of the same sample and of ``k`` others, drawn anew with each call, or given as ``negatives`` ``[batch, k]``.
-    The value of a sample is the noise-contrastive estimate -log h(positive) - Σ log(1 - h(negative)) of both directions, with
-    h = P / (P + k / samples) and P = exp(a · b / tau) / Z, where Z is estimated from the first batch. The memory then moves
-    to ``momentum`` · old + (1 - ``momentum``) · new, at length one.
+    other side's memory of the same sample and of ``k`` others, drawn anew with each call, or given as ``negatives`` ``[batch,
+    k]``. The value of a sample is the noise-contrastive estimate -log h(positive) - Σ log(1 - h(negative)) of both
+    directions, with h = P / (P + k / samples) and P = exp(a · b / tau) / Z, where Z is estimated from the first batch. The
+    memory then moves to ``momentum`` · old + (1 - ``momentum``) · new, at length one.
 
-    Tian et al., *Contrastive Representation Distillation*, 2019, arXiv 1910.10699, appendix. Like their code, negatives are taken
-    from all other samples, whatever their class; unlike it, the sample itself is never among those drawn.
+    Tian et al., *Contrastive Representation Distillation*, 2019, arXiv 1910.10699, appendix. Like their code, negatives are
+    taken from all other samples, whatever their class; unlike it, the sample itself is never among those drawn.
     """
     check_student("crd", student, 0)
     check_teacher("crd", teacher)
@@ -140,7 +140,7 @@ class QueueState(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.long))
 
 
-@register_loss("queue_kl", compares="features", state=QueueState)
+@register_loss("queue_kl", compares="features", per="sample", state=QueueState)
 def queue_kl(
     student: Tensor,
     teacher: Tensor,
@@ -155,9 +155,9 @@ def queue_kl(
     """KL(teacher ‖ student) of how similar an embedding is to the teacher's embeddings of this batch and of earlier ones.
 
     Student and teacher are ``[batch, width]``; ``queue`` is ``[size, width]``, whose zero rows are empty places. Similarities
-    are cosines divided by ``tau`` (on the teacher's side by ``teacher_tau``, where given) under a softmax; there is no factor tau².
-    Given ``position``, the teacher's embeddings of this batch replace the oldest in the queue. Couples the batch. Fang et
-    al., *SEED: Self-supervised Distillation for Visual Representation*, 2021, arXiv 2101.04731, eqs. 4 to 6, which is the
+    are cosines divided by ``tau`` (on the teacher's side by ``teacher_tau``, where given) under a softmax; there is no factor
+    tau². Given ``position``, the teacher's embeddings of this batch replace the oldest in the queue. Couples the batch. Fang
+    et al., *SEED: Self-supervised Distillation for Visual Representation*, 2021, arXiv 2101.04731, eqs. 4 to 6, which is the
     cross-entropy, has the sample's own teacher embedding among the candidates rather than those of the batch, and takes 0.2
     and 0.01 as temperatures.
 

@@ -25,10 +25,10 @@ from .features import unit_vectors
 from .reduction import Reduction, Samples, compare_samples
 from .registry import register_loss
 
-PKT_EPSILON = 1e-7  # of the authors' code
+PKT_EPSILON = 1e-7  # the least chance in a logarithm
 
 
-@register_loss("similarity_preserving", compares="relations")
+@register_loss("similarity_preserving", compares="relations", per="sample")
 def similarity_preserving(
     student: Tensor,
     teacher: Tensor,
@@ -50,7 +50,7 @@ def similarity_preserving(
     return _compare("similarity_preserving", value, student, teacher, samples, mask, reduction, dim)
 
 
-@register_loss("pkt", compares="relations")
+@register_loss("pkt", compares="relations", per="sample")
 def pkt(
     student: Tensor,
     teacher: Tensor,
@@ -64,7 +64,8 @@ def pkt(
 
     The chance is proportional to (1 + cos) / 2. Couples the batch. Passalis and Tefas, *Learning Deep Representations with
     Probabilistic Knowledge Transfer*, 2018, arXiv 1803.10837. Where the paper leaves the sample itself out (k ≠ j), the
-    authors' code keeps it, and so does this; their code divides by b once more, as it takes the mean over all b² entries.
+    authors' code keeps it, and so does this; their code divides by b once more, as it takes the mean over all b² entries,
+    and adds 1e-7 to chances in the logarithm, where this raises those below to it.
     """
 
     def value(s: Tensor, t: Tensor, valid: Tensor) -> Tensor:
@@ -74,12 +75,12 @@ def pkt(
             return affinity / affinity.sum(-1, keepdim=True).clamp_min(PKT_EPSILON)
 
         p, q = chances(t), chances(s)
-        return (p * ((p + PKT_EPSILON).log() - (q + PKT_EPSILON).log())).sum(-1)
+        return (p * (p.clamp_min(PKT_EPSILON).log() - q.clamp_min(PKT_EPSILON).log())).sum(-1)
 
     return _compare("pkt", value, student, teacher, samples, mask, reduction, dim)
 
 
-@register_loss("rkd_distance", compares="relations")
+@register_loss("rkd_distance", compares="relations", per="sample")
 def rkd_distance(
     student: Tensor,
     teacher: Tensor,
@@ -108,7 +109,7 @@ def rkd_distance(
     return _compare("rkd_distance", value, student, teacher, samples, mask, reduction, dim)
 
 
-@register_loss("rkd_angle", compares="relations")
+@register_loss("rkd_angle", compares="relations", per="sample")
 def rkd_angle(
     student: Tensor,
     teacher: Tensor,
@@ -140,7 +141,7 @@ def rkd_angle(
     return _compare("rkd_angle", value, student, teacher, samples, mask, reduction, dim)
 
 
-@register_loss("correlation_congruence", compares="relations")
+@register_loss("correlation_congruence", compares="relations", per="sample")
 def correlation_congruence(
     student: Tensor,
     teacher: Tensor,
@@ -180,7 +181,7 @@ def correlation_congruence(
     return _compare("correlation_congruence", value, student, teacher, samples, mask, reduction, dim)
 
 
-@register_loss("cka", compares="relations")
+@register_loss("cka", compares="relations", per="sample")
 def cka(
     student: Tensor,
     teacher: Tensor,
