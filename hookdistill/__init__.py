@@ -1,6 +1,8 @@
 """Distil one PyTorch model into another: name tensors by module path, say what is compared with what, train."""
 
+from . import layer_maps as layer_maps
 from . import losses as losses
+from . import recipes as recipes
 from .capture import Capture as Capture
 from .distiller import Distiller as Distiller
 from .engine import DistillationLoss as DistillationLoss

@@ -217,8 +217,8 @@ def _choices(match: Match, teachers: list[Address], students: list[Address], tea
     """
     if match.spec.state is not None and not isinstance(match.paired_by, Cka):
         raise MatchError(
-            f"{match.label}: the loss {match.spec.name!r} keeps parameters or a memory for one pair of layers, so that layer_map="
-            f"'{match.paired_by}' cannot compare several by it. Take 'cka', which chooses without it, or pairs"
+            f"{match.label}: the loss {match.spec.name!r} keeps parameters or a memory for one pair of layers, so that "
+            f"layer_map='{match.paired_by}' cannot compare several by it. Take 'cka', which chooses without it, or pairs"
         )
     rows = [[match.at(t, s, teacher_model=teacher_name) for t in teachers] for s in students]
     if isinstance(match.paired_by, Emd):

@@ -57,9 +57,8 @@ class Stack:
 
     def address(self, inside: str = "", *, names: Sequence[str] | None = None) -> str:
         """The address of all blocks, or of those with these ``names``, or of the module ``inside`` each."""
-        names = self.names if names is None else names
-        several = "*" if self.whole and tuple(names) == self.names else f"{{{','.join(names)}}}"
-        middle = several if len(names) > 1 else names[0]
+        chosen = self.names if names is None else tuple(names)
+        middle = "*" if self.whole and chosen == self.names else f"{{{','.join(chosen)}}}"
         return _join(_join(self.path, middle), inside)
 
 
@@ -141,14 +140,9 @@ def stages(model: nn.Module) -> list[str]:
     before stages that are made of blocks is no stage.
     """
     paths = {path: unwrap(module) for path, module in module_paths(model).items()}
-    best: list[str] = []
-    for path, module in paths.items():
-        if not _holds_convolution(module):
-            continue
-        ends = _stage_ends(path, module)
-        if len(ends) > len(best):
-            best = ends
-    return best
+    found = [(_stage_ends(path, module), module) for path, module in paths.items() if _holds_convolution(module)]
+    # As often in two modules, such as [stem, body] and the list of stages in the body: the list.
+    return max(found, key=lambda each: (len(each[0]), bool(_items(each[1]))), default=([], model))[0]
 
 
 def layers(model: nn.Module) -> list[str]:

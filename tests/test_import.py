@@ -31,8 +31,10 @@ EXPORTED = {
     "Trainer",
     "TrainerError",
     "initialize_student",
+    "layer_maps",
     "losses",
     "outline",
+    "recipes",
     "register_loss",
     "similarity",
 }

@@ -122,7 +122,7 @@ def test_blocks_among_other_modules_of_a_sequential():
     assert (stack.names, stack.whole) == (("1", "2", "3"), False)
     assert stack.address() == "{1,2,3}"
     assert stack.address("attn", names=("1", "2")) == "{1,2}.attn"
-    assert stack.address("attn", names=("3",)) == "3.attn"
+    assert stack.address("attn", names=("3",)) == "{3}.attn"
     assert structure.heads(model) == ["5"]
 
 

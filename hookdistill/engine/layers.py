@@ -81,7 +81,7 @@ def _check_one_shape(term: Match, tensors: Sequence[Compared]) -> None:
     shapes = list(dict.fromkeys(tuple(each.other.shape) for each in tensors))
     if len(shapes) > 1 and (term.spec.compares != "relations" or isinstance(term.paired_by, Attention)):
         raise MatchError(
-            f"layer_map='{term.paired_by}' compares a student layer with all of the teacher's layers, which must have one shape; "
+            f"layer_map='{term.paired_by}' compares a student layer with all teacher layers, which must have one shape; "
             f"there are {', '.join(str(list(shape)) for shape in shapes)}. Name layers of one shape, or take layer_map='cka'"
         )
 
@@ -115,8 +115,8 @@ def choice_of(kind: LayerMap, rows: Sequence[Row]) -> list[int]:
             wrong = [other for other in row.others if other.shape != row.student.shape]
             if wrong and row.members[0].spec.compares != "relations":
                 raise MatchError(
-                    f"layer_map='min_loss_fixed' compares losses before any training, but the student {list(row.student.shape)} "
-                    f"and the teacher {list(wrong[0].shape)} need a map between them, which is random until then. Take 'cka', "
+                    f"layer_map='min_loss_fixed' compares losses before any training, but student {list(row.student.shape)} "
+                    f"and teacher {list(wrong[0].shape)} need a map between them, which is random until then. Take 'cka', "
                     "which needs no equal shapes, or 'min_loss', which chooses in each step"
                 )
         return [int(torch.stack(_values(row)).argmin()) for row in rows]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from ..errors import HookDistillError, StructureError
 from ..matches import Match
+from ..structure import stacks
 from ..tables import table
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -47,6 +48,10 @@ class Recipe:
         return tuple(inspect.signature(self.function).parameters)[2:]
 
 
+_DECODER = (
+    "batches hold decoder_input_ids, as DataCollatorForSeq2Seq(…, model=student) makes them: labels that are a target are not "
+    "passed to the models"
+)
 _RECIPES: dict[str, Recipe] = {}
 
 
@@ -64,6 +69,8 @@ def recipe(paper: str) -> Callable[[Function], Function]:
                 raise type(error)(f"recipes.{name}: {error}") from error
             if not found:
                 raise StructureError(f"recipes.{name}: every term was left out, so there is nothing to train on")
+            if any(stack.cross for stack in stacks(inspect.signature(function).bind(*args, **kwargs).arguments["student"])):
+                found.besides += (_DECODER,)
             return found
 
         summary = " ".join((function.__doc__ or "").strip().split("\n\n")[0].split())

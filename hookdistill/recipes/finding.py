@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from ..structure import Stack, described, heads, layers, logits, output_fields, 
 
 Mask = BatchKey | Callable[[Any], Tensor] | None
 Layers = str | Sequence[str] | None
+_MEDIA = {"pixel_values", "input_values", "input_features"}
 AUTO: Literal["auto"] = "auto"
 
 
@@ -172,13 +173,18 @@ def logit_mask(mask: Mask, teacher: nn.Module, student: nn.Module) -> dict[str, 
 
 
 def token_mask(mask: Mask, teacher: nn.Module, student: nn.Module, *, decodes: bool) -> Mask:
-    """Which tokens count: what the user says, else the attention mask of models that take one, else all."""
+    """Which tokens count: what the user says, else the attention mask of models of text, else all."""
     if mask != AUTO:
         return mask
-    takes = ["attention_mask" in forward_signature(model).parameters for model in (teacher, student)]
+    takes = [_takes_mask(forward_signature(model).parameters) for model in (teacher, student)]
     if decodes:
         return decoded_tokens if all(takes) else None
     return "attention_mask" if all(takes) else None
+
+
+def _takes_mask(parameters: Collection[str]) -> bool:
+    """Whether batches are likely to have an attention mask of the tokens; images have none, and audio one of the samples."""
+    return "attention_mask" in parameters and ("input_ids" in parameters or not _MEDIA.intersection(parameters))
 
 
 def decoded_tokens(batch: Any) -> Tensor:

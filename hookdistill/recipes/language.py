@@ -236,6 +236,8 @@ def mobilebert(
                 f"every block learns from the one at its depth, but the teacher has {len(blocks.teacher)} blocks and the "
                 f"student {len(blocks.student)}. Take recipes.tinybert, or choose as many with teacher_layers="
             )
+        if layer is not None and not -len(blocks.student) <= layer < len(blocks.student):
+            raise MatchError(f"layer={layer}, but there are {len(blocks.student)} blocks")
         theirs, ours = (stack.names if layer is None else (stack.names[layer],) for stack in (blocks.teacher, blocks.student))
         inside = blocks.attention()
         pair = blocks.teacher.address(names=theirs), blocks.student.address(names=ours)
