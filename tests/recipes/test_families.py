@@ -213,6 +213,17 @@ def test_a_model_without_logits_says_what_it_returns():
         recipes.rkd(base, base, labels=None)
 
 
+@pytest.mark.parametrize("name", ["tinybert", "minilm", "minilm_v2", "distilbert", "cka", "kd"])
+def test_under_autocast(name):
+    teacher, student = language("bert", 4), language("bert", 2)
+    matches = getattr(recipes, name)(teacher, student)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = Distiller(teacher.eval(), student.eval(), matches, example_batch=text())(text()).total
+    exact = Distiller(teacher, student, matches)(text()).total
+    torch.testing.assert_close(low, exact, atol=0.05, rtol=0.1)
+    low.backward()
+
+
 def test_wrapped_models():
     teacher, student = language("bert", 4), language("bert", 2)
     plain = recipes.minilm_v2(teacher, student)
