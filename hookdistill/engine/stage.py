@@ -19,7 +19,17 @@ from .lookup import Captures
 from .states import given_modules, make_state, needs_state
 from .step import Losses, Shares, Step
 from .streams import streams
-from .terms import Compared, adapted, compared, features_at, further_tensors, is_adapted, module_key, named_terms
+from .terms import (
+    Compared,
+    adapted,
+    compared,
+    features_at,
+    further_tensors,
+    is_adapted,
+    module_key,
+    named_terms,
+    sketched,
+)
 
 
 class DistillationLoss(nn.Module):
@@ -138,7 +148,7 @@ class DistillationLoss(nn.Module):
         """Make the adapters that entry ``name`` needs between its tensors, where it needs some and has none yet."""
         term = self.terms[name]
         for number, members in enumerate(term.members or [[term]]):
-            tensors = compared(members[0], teacher_captures, student_captures, batch)
+            tensors = sketched(members[0], teacher_captures, student_captures, batch)
             self._add_adapter(row_name(name, term, number) if term.members else name, members[0], tensors)
 
     def _add_adapter(self, name: str, term: Match, tensors: Compared) -> None:
@@ -159,13 +169,16 @@ class DistillationLoss(nn.Module):
         term = self.terms[name]
         if not needs_state(term) or self.state(name) is not None:
             return
-        tensors = self.tensors(name, teacher_captures, student_captures, batch)
+        tensors = compared(term, teacher_captures, student_captures, batch)
         student = adapted(term, self.adapter(name), tensors)
         further = further_tensors(term, teacher_captures, student_captures, batch, student.device)
         arguments = {"dim": features_at(term, student), **term.loss_args, **further}
         self.loss_modules[module_key(name)] = make_state(term, student, tensors.other, arguments).train(self.training)
 
     def tensors(self, name: str, teacher_captures: Any, student_captures: Captures, batch: Any) -> Compared:
-        """What entry ``name`` compares; where it chooses among layers, the first of them."""
+        """What entry ``name`` compares; maps of attention that are not made are stood for by ones without values.
+
+        Where an entry chooses among layers, it is the first of them.
+        """
         term = self.terms[name]
-        return compared(term.members[0][0] if term.members else term, teacher_captures, student_captures, batch)
+        return sketched(term.members[0][0] if term.members else term, teacher_captures, student_captures, batch)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..addresses import Address
+from ..attention import MAP_WORDS
 from ..fused.forms import FORMS
 from ..matches import Match
 from .terms import teacher_inputs
@@ -30,7 +31,7 @@ def streams(terms: Mapping[str, Match]) -> Streams:
         elif term.teacher_address is not None:
             origin = (term.teacher_model, term.teacher_address)
             origins[term.student_address].add(origin)
-            if term.spec.name not in FORMS or isinstance(term.adapter, nn.Module) or term.further:
+            if not _has_form(term) or isinstance(term.adapter, nn.Module) or term.further:
                 kept.add(origin)
         kept.update((term.teacher_model, each) for each in teacher_inputs(term))
     for several in origins.values():
@@ -43,3 +44,8 @@ def streams(terms: Mapping[str, Match]) -> Streams:
         if (term.teacher_model, term.teacher_address) not in kept:
             found.setdefault((term.teacher_model, term.teacher_address), []).append(name)
     return found
+
+
+def _has_form(term: Match) -> bool:
+    maps = term.spec.compares == "attention" and term.student_address.selector.word in MAP_WORDS
+    return maps or term.spec.name in FORMS or term.spec.name == "relation_kl"

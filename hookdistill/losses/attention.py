@@ -33,7 +33,8 @@ def attention_mse(student: Tensor, teacher: Tensor, *, mask: Tensor | None = Non
     """Squared difference of the entries of two maps, of probabilities or of scores; the mean is over valid entries.
 
     Scores that both sides mask out (-inf, or the most negative number that Hugging Face writes for it) do not count. TinyBERT
-    (Jiao et al., 2019, eq. 7) compares scores; its authors' code sets scores below -100 to zero on either side instead.
+    (Jiao et al., 2019, arXiv 1909.10351, eq. 7) compares scores; its authors' code sets scores below -100 to zero on either
+    side instead.
     """
     student, teacher = _check("attention_mse", student, teacher)
     valid = _entries(mask, student)
@@ -47,8 +48,9 @@ def attention_mse(student: Tensor, teacher: Tensor, *, mask: Tensor | None = Non
 def attention_kl(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
     """KL(teacher ‖ student) of each query's distribution over the keys, in nats; the mean is over heads and valid queries.
 
-    Both are probabilities, as the selector ``attention`` gives them. MiniLM (Wang et al., 2020, eq. 4). What the teacher gives
-    no weight costs nothing, so rows that may attend to no key, all zeros on both sides, cost nothing either.
+    Both are probabilities, as the selector ``attention`` gives them. MiniLM (Wang et al., 2020, arXiv 2002.10957, eq. 4).
+    What the teacher gives no weight costs nothing, so rows that may attend to no key, all zeros on both sides, cost nothing
+    either.
     """
     student, teacher = _check("attention_kl", student, teacher)
     valid = _entries(mask, student)

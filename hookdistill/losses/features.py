@@ -112,7 +112,7 @@ def normalized_mse(
     """Squared distance of the two vectors at length one, in [0, 4]: the *sum* over features, not their mean.
 
     Away from zero vectors (see ``unit_vectors``) this is ``2 * cosine``. Sun et al., *Patient Knowledge Distillation
-    for BERT Model Compression*, 2019, eq. 7.
+    for BERT Model Compression*, 2019, arXiv 1908.09355, eq. 7.
     """
 
     def value(s: Tensor, t: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def kl(
 ) -> Tensor:
     """KL(teacher ‖ student), the student covering all the teacher does; infinite if the student excludes some of it.
 
-    Hinton et al., *Distilling the Knowledge in a Neural Network*, 2015, section 2.
+    Hinton et al., *Distilling the Knowledge in a Neural Network*, 2015, arXiv 1503.02531, section 2.
     """
 
     def value(s: Tensor, t: Tensor) -> Tensor:
