@@ -1,6 +1,11 @@
 """Layer maps by the data: in each step, or once with the plan; against the same tensors spelled out."""
 
 import copy
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -385,3 +390,62 @@ def test_a_distiller_that_chooses_can_be_copied():
     distiller = Distiller(teacher, student, [entry("cka"), entry("emd", loss="l1")], example_batch=tokens(batch=4))
     twin = copy.deepcopy(distiller)
     torch.testing.assert_close(twin(tokens()).total, distiller(tokens()).total)
+
+
+# Two processes
+
+
+WORKER = """
+import torch, torch.distributed as dist
+from hookdistill import Distiller, Match
+from pairs import readers, tokens
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+teacher, student = readers()
+batch = tokens(batch=2, length=3, seed=SEEDS[rank])
+entries = [Match("layers.*", "layers.*", layer_map="min_loss_fixed"), Match("layers.*", "layers.*", loss="l1", layer_map="emd")]
+distiller = Distiller(teacher, student, entries, example_batch=batch)
+before = [str(term.teacher_address) for term in distiller.loss.terms.values()]
+wrapped = torch.nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=True)
+for _ in range(2):
+    wrapped(batch).total.backward()
+after = [str(term.teacher_address) for term in distiller.loss.terms.values()]
+(weights,) = [module for module in distiller.modules() if type(module).__name__ == "LayerWeights"]
+gathered = [None, None]
+wrapped(batch)  # the buffers of the first process are those of both before a forward
+dist.all_gather_object(gathered, (before, after, [parameter.grad.tolist() for parameter in student.layers.parameters()]))
+if rank == 0:
+    first, second = gathered
+    print(first[0] != second[0], first[1] == second[1] == first[0], first[2] == second[2])
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_all_processes_go_by_the_choice_of_the_first(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.replace("SEEDS", "(3, 0)"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    here = Path(__file__).parent
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env={**shared, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [worker.communicate(timeout=180) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert said[0][0].strip() == "True True True", said
