@@ -152,7 +152,8 @@ def layers(model: nn.Module) -> list[str]:
         StructureError: none of these is there.
     """
     blocks = [path for stack in stacks(model) for path in stack.blocks]
-    found = blocks or stages(model) or _repeated(model)
+    steps = stages(model)
+    found = blocks or (steps if len(steps) > 1 else _repeated(model) or steps)
     if not found:
         raise StructureError(f"no layers were found: {described(model)}")
     return found

@@ -178,6 +178,11 @@ def test_without_attention_and_strides_the_longest_list_of_one_class():
         structure.layers(Mlp())
 
 
+def test_blocks_with_a_convolution_but_without_steps_in_resolution():
+    blocks = nn.ModuleList(nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.Linear(8, 8)) for _ in range(3))  # as in Mamba
+    assert structure.layers(nn.ModuleDict({"layers": blocks})) == ["layers.0", "layers.1", "layers.2"]
+
+
 def test_a_model_that_returns_something_else_than_logits_has_none():
     config = transformers.BertConfig(**SIZES)
     assert structure.logits(transformers.BertModel(config)) == []
