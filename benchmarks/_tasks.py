@@ -28,6 +28,7 @@ class Task:
 
     Args:
         teacher: makes the teacher, trained with the labels of all training examples.
+        blank_teacher: makes one that is not trained.
         student: makes a student before any training; all arms get the same one for the same seed.
         train: single examples, of which ``labelled`` have a label; ``index`` counts them from 0.
         collate: makes a batch of examples.
@@ -37,6 +38,7 @@ class Task:
 
     name: str
     teacher: Callable[[], nn.Module]
+    blank_teacher: Callable[[], nn.Module]
     student: Callable[[int], nn.Module]
     train: Data
     validation: Data
@@ -135,14 +137,18 @@ def digits(*, quick: bool = False) -> Task:
         torch.manual_seed(seed)
         return ConvNet(8, 16)
 
-    def teacher() -> nn.Module:
+    def blank() -> nn.Module:
         torch.manual_seed(0)
+        return ConvNet(32, 52)
+
+    def teacher() -> nn.Module:
         whole = Task(**{**common, "train": split, "steps": steps})
-        return fit(ConvNet(32, 52), whole.batches(split, steps, 0), predict, steps, 3e-2)
+        return fit(blank(), whole.batches(split, steps, 0), predict, steps, 3e-2)
 
     common: dict[str, Any] = {
         "name": "digits",
         "teacher": teacher,
+        "blank_teacher": blank,
         "student": student,
         "train": with_few_labels(split[200:], 10),
         "validation": split[:200],
@@ -222,16 +228,20 @@ def headlines(*, quick: bool = False) -> Task:
         made.bert.embeddings.requires_grad_(False)
         return made
 
-    def teacher() -> nn.Module:
+    def blank() -> nn.Module:
         torch.manual_seed(0)
         made = pretrained(6)
         initialize_student(source, made)
+        return made
+
+    def teacher() -> nn.Module:
         whole, longer = Task(**{**common, "train": split}), 2 * steps
-        return fit(made, whole.batches(split, longer, 0), predict, longer, 1e-4)
+        return fit(blank(), whole.batches(split, longer, 0), predict, longer, 1e-4)
 
     common: dict[str, Any] = {
         "name": "headlines",
         "teacher": teacher,
+        "blank_teacher": blank,
         "student": student,
         "train": with_few_labels(split[200:], 10),
         "validation": split[:200],

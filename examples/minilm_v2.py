@@ -138,7 +138,7 @@ class Arm(NamedTuple):
 
 # Each learning rate is the best of three on 300 articles that were taken from the training split for that.
 ARMS = {
-    "alone": Arm(lambda teacher, student: [Match(None, ":last_hidden_state", loss=contrast, target="attention_mask")], 1e-4, 2),
+    "alone": Arm(lambda teacher, student: [Match(None, ":last_hidden_state", loss=contrast, target="attention_mask")], 3e-4, 2),
     "minilm_v2": Arm(recipes.minilm_v2, 1e-3),
     "last layer": Arm(
         lambda teacher, student: [Match(":last_hidden_state", ":last_hidden_state", loss="cosine", mask="attention_mask")], 1e-3

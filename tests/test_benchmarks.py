@@ -68,7 +68,7 @@ def test_the_comparison_of_methods_runs_and_writes_its_page(tmp_path):
     (task,) = result["results"]
     rows = {row["arm"]: row for row in task["rows"]}
     assert {"alone", "kd", "dkd", "dist", "fitnet", "rkd", "cka", "crd", "attention_transfer", "reviewkd"} == set(rows)
-    assert all(len(row["runs"]) == 2 and 0 <= row["mean"] <= 100 and row["seconds"] > 0 for row in rows.values())
+    assert all(len(row["accuracies"]) == 2 and 0 <= row["mean"] <= 100 and row["cost"]["ms"] > 0 for row in rows.values())
     assert (task["labelled"], task["unlabelled"]) == (100, 897)
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert all(f"| {name} |" in page for name in rows)
