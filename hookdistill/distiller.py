@@ -155,6 +155,8 @@ class Distiller(nn.Module):
         """
         if self._recorders is None:
             self._dry_run(batch, make_adapters=False)
+        if self.training and torch.is_grad_enabled() and self.loss.settle():
+            self.close()  # other layers are needed now
         if step is None:
             step = self._step
             self._step += int(self.training and torch.is_grad_enabled())
@@ -188,6 +190,10 @@ class Distiller(nn.Module):
         return losses.offer(names, passing if teacher is None else {teacher: passing})
 
     def _dry_run(self, batch: Any, *, make_adapters: bool) -> Plan:
+        if self.loss.settle() or self.loss.undecided:
+            self.close()
+        if self.loss.undecided:
+            self._choose(batch)
         opened_here, adapters, states = self._recorders is None, set(self.adapters), set(self.loss.loss_modules)
         try:
             with self._running(batch, dry=True) as run, undisturbed(self.student), evaluating(self.loss):
@@ -209,7 +215,7 @@ class Distiller(nn.Module):
                         compared[name] = tensors = self.loss.tensors(name, teachers, student, batch)
                         check_values(term, tensors.student, tensors.other, tensors.mask)
                         if make_adapters:
-                            self.loss.add_adapter(name, tensors.student, tensors.other)
+                            self.loss.add_adapters(name, teachers, student, batch)
                             self.loss.add_state(name, teachers, student, batch)
                 parts = losses.finish(teachers).parts
                 rows = tuple(
@@ -236,6 +242,14 @@ class Distiller(nn.Module):
             for key in set(self.loss.loss_modules) - states:  # made in a dry run, which is in eval mode
                 self.loss.loss_modules[key].train(self.training)
         return Plan(rows=rows, inputs=(*self._sources_lines(), *self._inputs(batch).lines()))
+
+    def _choose(self, batch: Any) -> None:
+        """Both models run to their ends once, so that entries can choose among all their teacher layers."""
+        try:
+            with self._running(batch, dry=True) as run, undisturbed(self.student):
+                self.loss.choose(run.teachers(), run.student(), batch)
+        finally:
+            self.close()  # fewer layers are needed from now on
 
     def _watched(self, watching: contextlib.ExitStack) -> dict[str | None, Seen]:
         """What the linear layers of all models do, as long as it is not known which of them are heads."""
@@ -268,7 +282,7 @@ class Distiller(nn.Module):
                 if isinstance(source, (str, int)) and not has_item(batch, source):
                     with in_match(name):
                         elsewhere.append(self._source_address(what, source, batch))
-        ours = [*(term.student_address for term in terms.values()), *elsewhere]
+        ours = [*(address for term in terms.values() for address in term.student_addresses), *elsewhere]
         # With heads of its own a student need not come to its end either.
         student = Recorder(self.student, ours, stop=STUDENT in heads, heads=heads.get(STUDENT))
         try:
@@ -297,8 +311,8 @@ class Distiller(nn.Module):
         return [f"{name or 'teacher'} is read from {source!r}" for name, source in self._sources.items()]
 
     def _teacher_addresses(self, name: str | None) -> list[Address]:
-        terms = [each for each in self.loss.terms.values() if each.teacher_address and each.teacher_model == name]
-        named = [each.teacher_address for each in terms if each.teacher_address]
+        terms = [each for each in self.loss.terms.values() if each.teacher_addresses and each.teacher_model == name]
+        named = [address for each in terms for address in each.teacher_addresses]
         return [*named, *(address for each in terms for address in teacher_inputs(each))]
 
     def _source_address(self, what: str, source: BatchKey, batch: Any) -> Address:

@@ -36,6 +36,10 @@ class MatchError(HookDistillError, ValueError):
     """An entry of the distillation config that cannot be carried out."""
 
 
+class StructureError(HookDistillError, ValueError):
+    """A model in which a part that was looked for by structure is not found."""
+
+
 class BatchError(HookDistillError, ValueError):
     """A batch from which the inputs of a model, a mask or a target cannot be taken."""
 

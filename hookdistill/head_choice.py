@@ -48,9 +48,10 @@ def choose_heads(loss: DistillationLoss, run: Watched, *, mode: str, elsewhere: 
     terms: dict[Address, dict[str, Match]] = {}
     for name, term in loss.terms.items():
         terms.setdefault(term.student_address, {})[name] = term
+    ours = {address for each in loss.terms.values() for address in each.student_addresses}
     chosen: dict[Address, _Candidate] = {}
     for address, here in terms.items():
-        found = _candidate(address, here, run, mode, elsewhere, {each.student_address for each in loss.terms.values()})
+        found = _candidate(address, here, run, mode, elsewhere, ours)
         if isinstance(found, _Candidate):
             chosen[address] = found
         elif found is not None and mode == "fused":
@@ -74,6 +75,8 @@ def _candidate(
     address: Address, terms: Mapping[str, Match], run: Watched, mode: str, elsewhere: Collection[Address], ours: set[Address]
 ) -> _Candidate | str | None:
     """The heads behind the logits at ``address``; or why they must be made; or ``None`` if that need not be said."""
+    if any(term.members for term in terms.values()):
+        return "layer_map= chooses among layers"
     families = {FORMS[term.spec.name].family if term.spec.name in FORMS else None for term in terms.values()}
     if not families & {"distributions", "labels"}:
         return None
@@ -147,4 +150,4 @@ def _drop_shared(loss: DistillationLoss, chosen: dict[Address, _Candidate], mode
 
 
 def _origins(terms: Iterable[Match]) -> Iterable[tuple[str | None, Address]]:
-    return ((term.teacher_model, term.teacher_address) for term in terms if term.teacher_address is not None)
+    return ((term.teacher_model, address) for term in terms for address in term.teacher_addresses)

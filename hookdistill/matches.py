@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
@@ -15,7 +15,7 @@ from .adapters import check_adapter_name
 from .addresses import Address, parse
 from .errors import AddressError, HookDistillError, LossError, MatchError, did_you_mean, listing
 from .inputs import Input, Source, read_inputs
-from .layer_maps import LAYER_MAPS
+from .layer_maps import LayerMap, as_layer_map
 from .losses.registry import LossSpec, loss_spec
 
 Schedule = Callable[[int], float]
@@ -41,7 +41,10 @@ class Match:
             student tensor.
         temperature: for losses that take one; positive, or a function of the step.
         teacher_model: which of several teachers.
-        layer_map: how wildcards are paired.
+        layer_map: how wildcards on both sides are paired: by the numbers of layers (``"uniform"``, ``"last"``, ``"first"``,
+            ``"skip"``, ``"spread"``), in pairs ``[(teacher position, student position), …]``, by a function of both numbers, or
+            by the data (``"min_loss"``, ``"min_loss_fixed"``, ``"emd"``, ``"attention"``, ``"cka"``; see
+            `hookdistill.layer_maps`).
         inputs: further tensors for keywords of the loss, by name: what begins with ``teacher`` is an address in the teacher,
             any other is given as ``mask`` is. A list gives the loss a list of tensors.
         name: key of the value in ``losses.parts``; default ``student <- teacher: loss``.
@@ -61,7 +64,7 @@ class Match:
     adapter: str | nn.Module
     temperature: float | Schedule
     teacher_model: str | None
-    layer_map: str
+    layer_map: Any
     inputs: Mapping[str, Any] | None
     name: str | None
     loss_args: Mapping[str, Any]
@@ -70,6 +73,11 @@ class Match:
     student_address: Address = field(repr=False)
     further: tuple[Input, ...] = field(repr=False)
     """``inputs``, as they were read."""
+    paired_by: LayerMap = field(repr=False)
+    entry: Match | None = field(repr=False)
+    """Where a map by the data is to choose: the entry as it was written."""
+    members: tuple[tuple[Match, ...], ...] = field(repr=False)
+    """Where a map by the data is to choose: for each student layer one match for each teacher layer; else empty."""
 
     def __init__(
         self,
@@ -84,7 +92,7 @@ class Match:
         adapter: str | nn.Module = "auto",
         temperature: float | Schedule = 1.0,
         teacher_model: str | None = None,
-        layer_map: str = "uniform",
+        layer_map: Any = "uniform",
         inputs: Mapping[str, Any] | None = None,
         name: str | None = None,
         **loss_args: Any,
@@ -113,9 +121,9 @@ class Match:
         object.__setattr__(self, "further", further)
         _check_loss_args(self)
         _check_required(self)
-        if not isinstance(self.layer_map, str) or self.layer_map not in LAYER_MAPS:
-            hint = did_you_mean(str(self.layer_map), LAYER_MAPS)
-            raise MatchError(f"unknown layer_map {self.layer_map!r}.{hint} Known are {listing(LAYER_MAPS)}")
+        object.__setattr__(self, "paired_by", as_layer_map(self.layer_map))
+        object.__setattr__(self, "members", ())
+        object.__setattr__(self, "entry", None)
         for address in (self.student_address, self.teacher_address):
             if address is not None and address.call == "*":
                 raise MatchError(f"{str(address)!r} is a list of tensors; a match compares one: choose a call, as in @-1")
@@ -136,6 +144,27 @@ class Match:
         for key, value in {**changed, "name": name or self.name}.items():
             object.__setattr__(twin, key, value)
         return twin
+
+    def among(self, members: Sequence[Sequence[Match]], student: Address, *, name: str | None) -> Match:
+        """This entry, or one student layer of it, as a choice among ``members``; it keeps the teacher's wildcard as its
+        address.
+        """
+        twin = self.at(self.teacher_address, student, name=name, teacher_model=members[0][0].teacher_model)
+        object.__setattr__(twin, "members", tuple(map(tuple, members)))
+        object.__setattr__(twin, "entry", self)
+        return twin
+
+    @property
+    def teacher_addresses(self) -> list[Address]:
+        """All that the entry may need of its teacher."""
+        if self.members:
+            return [each.teacher_address for row in self.members for each in row if each.teacher_address is not None]
+        return [] if self.teacher_address is None else [self.teacher_address]
+
+    @property
+    def student_addresses(self) -> list[Address]:
+        """All that the entry needs of the student."""
+        return [row[0].student_address for row in self.members] or [self.student_address]
 
     @property
     def label(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from .addresses import Address, Segment
 from .engine import Choice, Compared
 from .errors import AddressError, MatchError, listing
 from .inputs import Input
-from .layer_maps import LAYER_MAPS
+from .layer_maps import Cka, Emd, Fixed
 from .matches import Match
 from .paths import Found, resolve
 from .sources import CaptureSource, skeleton
@@ -85,8 +86,10 @@ def expand(match: Match, teachers: Mapping[str | None, nn.Module | CaptureSource
     except AddressError as error:
         raise MatchError(f"{match.label}: teacher: {error}") from error
     theirs = [_concrete(found, match.teacher_address) for found in found_teachers]
-    pairs = _pairs(match, theirs, ours)
     further = tuple(_resolved(match, each, modules) for each in match.further)
+    if not isinstance(match.paired_by, Fixed) and len(theirs) > 1:
+        return _choices(match.at(match.teacher_address, match.student_address, further=further), theirs, ours, teacher_name)
+    pairs = _pairs(match, theirs, ours)
     return [_at(match, t, s, index, len(pairs), teacher_name, further) for index, (t, s) in enumerate(pairs)]
 
 
@@ -133,6 +136,8 @@ def row(
     if "dim" in spec.parameters and student.dim() in (4, 5) and "dim" not in term.loss_args:
         options.append("dim=1")
     teacher = str(term.teacher_address) if term.teacher_address is not None else f"batch: {_source_name(term.target)}"
+    if not isinstance(term.paired_by, Fixed):
+        teacher = f"{teacher} ({term.paired_by})"
     if term.teacher_model is not None:
         teacher = f"{term.teacher_model}/{teacher}"
     return PlanRow(
@@ -197,14 +202,47 @@ def _teacher_name(match: Match, teachers: Mapping[str | None, object]) -> str | 
 def _pairs(match: Match, teachers: list[Address], students: list[Address]) -> list[tuple[Address, Address]]:
     if len(teachers) == 1:  # one teacher tensor for every student layer
         return [(teachers[0], student) for student in students]
-    if len(students) > len(teachers) or (len(students) == 1 and not match.student_address.several):
+    if len(students) == 1 and not match.student_address.several:
         raise MatchError(
-            f"{match.label}: the teacher address names {len(teachers)} tensors ({listing(map(str, teachers), most=4)}) and "
-            f"the student address {len(students)} ({listing(map(str, students), most=4)}), which cannot be paired. Name one "
-            "teacher tensor, or use wildcards on both sides with no more student layers than teacher layers"
+            f"{match.label}: the teacher address names {len(teachers)} tensors ({listing(map(str, teachers), most=4)}) and the "
+            f"student address one, {str(students[0])!r}, which cannot be paired. Name one teacher tensor, or let the data "
+            "choose: layer_map='min_loss', 'emd', 'attention' or 'cka'"
         )
-    chosen = LAYER_MAPS[match.layer_map](len(teachers), len(students))
-    return [(teachers[position], student) for position, student in zip(chosen, students, strict=True)]
+    assert isinstance(match.paired_by, Fixed)
+    with _naming(match, teachers, students):
+        chosen = match.paired_by.pairs(len(teachers), len(students))
+    return [(teachers[t], students[s]) for t, s in chosen]
+
+
+def _choices(match: Match, teachers: list[Address], students: list[Address], teacher_name: str | None) -> list[Match]:
+    """The entry as a choice among all pairs: one for each student layer, or one for all where their choices depend on each
+    other.
+    """
+    if match.spec.state is not None and not isinstance(match.paired_by, Cka):
+        raise MatchError(
+            f"{match.label}: the loss {match.spec.name!r} keeps parameters or a memory for one pair of layers, so that "
+            f"layer_map='{match.paired_by}' cannot compare several by it. Take 'cka', which chooses without it, or pairs"
+        )
+    rows = [[match.at(t, s, teacher_model=teacher_name) for t in teachers] for s in students]
+    if isinstance(match.paired_by, Emd):
+        return [match.among(rows, match.student_address, name=match.name)]
+    if isinstance(match.paired_by, Cka) and len(students) > len(teachers):
+        with _naming(match, teachers, students):
+            raise MatchError("layer_map='cka' pairs each student layer with a teacher layer of its own")
+    names = [f"{match.name}.{index}" if match.name is not None and len(rows) > 1 else match.name for index in range(len(rows))]
+    return [match.among([row], student, name=name) for row, student, name in zip(rows, students, names, strict=True)]
+
+
+@contextlib.contextmanager
+def _naming(match: Match, teachers: list[Address], students: list[Address]) -> Iterator[None]:
+    """What cannot be paired is named in the message."""
+    try:
+        yield
+    except MatchError as error:
+        raise MatchError(
+            f"{match.label}: the teacher address names {len(teachers)} tensors ({listing(map(str, teachers), most=4)}) and the "
+            f"student address {len(students)} ({listing(map(str, students), most=4)}), which cannot be paired: {error}"
+        ) from error
 
 
 def _adapter_name(adapter: nn.Module | None) -> str:

@@ -57,3 +57,30 @@ def test_memory_has_a_row_per_mode_and_set(result):
 
 def test_the_conditions_are_written_down(result):
     assert {"date", "cpu", "torch", "transformers", "hookdistill", "threads"} <= set(result["conditions"])
+
+
+def test_the_comparison_of_methods_runs_and_writes_its_page(tmp_path):
+    script = str(SCRIPTS / "methods.py")
+    command = [sys.executable, script, "--quick", "--tasks", "digits", "--seeds", "2", "--out", str(tmp_path)]
+    done = subprocess.run([*command, "--page", str(tmp_path / "page.md")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "methods.json").read_text(encoding="utf-8"))
+    (task,) = result["results"]
+    rows = {row["arm"]: row for row in task["rows"]}
+    assert {"alone", "kd", "dkd", "dist", "fitnet", "rkd", "cka", "crd", "attention_transfer", "reviewkd"} == set(rows)
+    assert all(len(row["accuracies"]) == 2 and 0 <= row["mean"] <= 100 and row["cost"]["ms"] > 0 for row in rows.values())
+    assert (task["labelled"], task["unlabelled"]) == (100, 897)
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in page for name in rows)
+
+
+def test_the_committed_table_of_methods_is_the_one_of_the_committed_figures():
+    stored = SCRIPTS / "results" / "methods.json"
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        import methods
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    result = json.loads(stored.read_text(encoding="utf-8"))
+    page = (SCRIPTS.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert page == methods.page(result["results"], result["conditions"])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hookdistill import Distiller, Match, MatchError, Plan
-from hookdistill.layer_maps import LAYER_MAPS
+from hookdistill.layer_maps import STATIC
 from pairs import ConvNet, flags, hooks, mlps, pictures, points, readers, same, seeded, state, tokens
 
 
@@ -210,12 +210,12 @@ def test_wildcards_on_both_sides_are_paired_by_the_layer_map(layer_map, depths, 
     assert [(row.teacher, row.student) for row in plan] == [(f"layers.{t}", f"layers.{s}") for t, s in pairs]
 
 
-@pytest.mark.parametrize("name", LAYER_MAPS)
+@pytest.mark.parametrize("name", STATIC)
 def test_every_layer_map_is_increasing_and_one_to_one_where_depths_agree(name):
     for teacher in range(1, 9):
-        assert LAYER_MAPS[name](teacher, teacher) == list(range(teacher))
+        assert STATIC[name](teacher, teacher) == list(range(teacher))
         for student in range(1, teacher + 1):
-            chosen = LAYER_MAPS[name](teacher, student)
+            chosen = STATIC[name](teacher, student)
             assert len(chosen) == student
             assert sorted(set(chosen)) == chosen
             assert 0 <= chosen[0] <= chosen[-1] < teacher
@@ -224,7 +224,7 @@ def test_every_layer_map_is_increasing_and_one_to_one_where_depths_agree(name):
 def test_uniform_and_last_end_with_the_teachers_last_layer():
     for teacher in range(1, 9):
         for student in range(1, teacher + 1):
-            assert LAYER_MAPS["uniform"](teacher, student)[-1] == LAYER_MAPS["last"](teacher, student)[-1] == teacher - 1
+            assert STATIC["uniform"](teacher, student)[-1] == STATIC["last"](teacher, student)[-1] == teacher - 1
 
 
 def test_ranges_are_wildcards_in_the_order_written():

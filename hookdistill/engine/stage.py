@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from ..adapters import fit_adapter
 from ..errors import MatchError, did_you_mean, listing
 from ..matches import Match, as_matches
+from .choices import Choices, is_undecided
 from .counts import counts
 from .fast import IMPLEMENTATIONS
+from .layers import row_name
 from .lookup import Captures
 from .states import given_modules, make_state, needs_state
 from .step import Losses, Shares, Step
@@ -54,11 +56,13 @@ class DistillationLoss(nn.Module):
         self.impl = impl
         self.terms = named_terms(as_matches(matches))
         self.streams = streams(self.terms)
+        self.choices = Choices(self.terms)
         self.adapters = nn.ModuleDict()
         self.loss_modules = nn.ModuleDict()
         for name, term in self.terms.items():
             if isinstance(term.adapter, nn.Module):
-                self.adapters[module_key(name)] = term.adapter
+                for number in range(len(term.members) or 1):
+                    self.adapters[module_key(row_name(name, term, number) if term.members else name)] = term.adapter
             if isinstance(term.loss, nn.Module):
                 self.loss_modules[module_key(name)] = term.loss
             if (given := given_modules(term)) is not None:
@@ -91,7 +95,15 @@ class DistillationLoss(nn.Module):
     def begin(self, student_captures: Captures, batch: Any = None, *, step: int = 0, shares: Shares | None = None) -> Step:
         """A step whose entries are taken one by one, as the teacher's tensors come in; arguments as in `forward`."""
         return Step(
-            self.terms, self.adapter, student_captures, batch, state=self.state, step=step, shares=shares, impl=self.impl
+            self.terms,
+            self.adapter,
+            student_captures,
+            batch,
+            state=self.state,
+            step=step,
+            shares=shares,
+            impl=self.impl,
+            choices=self.choices if len(self.choices) else None,
         )
 
     def counts(self, batch: Any) -> dict[str, Tensor]:
@@ -105,13 +117,42 @@ class DistillationLoss(nn.Module):
         """
         return counts(self.terms, batch)
 
+    @property
+    def undecided(self) -> bool:
+        """Whether an entry has still to choose its teacher layer."""
+        return any(map(is_undecided, self.terms.values()))
+
+    def choose(self, teacher_captures: Any, student_captures: Captures, batch: Any) -> None:
+        """Let the undecided entries choose by these tensors.
+
+        Raises:
+            MatchError: an entry cannot choose by them.
+        """
+        self._replace(self.choices.choose(self.terms, teacher_captures, student_captures, batch))
+
+    def settle(self) -> bool:
+        """Go by the choices that a state dict or another process has written into the buffers; whether that changed any."""
+        changed = self.choices.settle(self.terms)
+        self._replace(changed)
+        return bool(changed)
+
+    def _replace(self, terms: Mapping[str, Match]) -> None:
+        self.terms.update(terms)
+        self.streams = streams(self.terms)
+
     def adapter(self, name: str) -> nn.Module | None:
-        """The adapter of entry ``name``, if it has one."""
+        """The adapter of entry ``name``, or of a row of it, if it has one."""
         return self.adapters[key] if (key := module_key(name)) in self.adapters else None
 
-    def add_adapter(self, name: str, student: Tensor, other: Tensor) -> None:
-        """Make the adapter that entry ``name`` needs between these two tensors, if it needs one and has none yet."""
-        term, key = self.terms[name], module_key(name)
+    def add_adapters(self, name: str, teacher_captures: Any, student_captures: Captures, batch: Any) -> None:
+        """Make the adapters that entry ``name`` needs between its tensors, where it needs some and has none yet."""
+        term = self.terms[name]
+        for number, members in enumerate(term.members or [[term]]):
+            tensors = sketched(members[0], teacher_captures, student_captures, batch)
+            self._add_adapter(row_name(name, term, number) if term.members else name, members[0], tensors)
+
+    def _add_adapter(self, name: str, term: Match, tensors: Compared) -> None:
+        key, student, other = module_key(name), tensors.student, tensors.other
         if key not in self.adapters and isinstance(term.adapter, str) and is_adapted(term, student, other):
             with torch.inference_mode(False):  # parameters made in inference mode could never be trained
                 adapter = fit_adapter(term.adapter, student, other, dim=features_at(term, other))
@@ -135,5 +176,9 @@ class DistillationLoss(nn.Module):
         self.loss_modules[module_key(name)] = make_state(term, student, tensors.other, arguments).train(self.training)
 
     def tensors(self, name: str, teacher_captures: Any, student_captures: Captures, batch: Any) -> Compared:
-        """What entry ``name`` compares; maps of attention that are not made are stood for by ones without values."""
-        return sketched(self.terms[name], teacher_captures, student_captures, batch)
+        """What entry ``name`` compares; maps of attention that are not made are stood for by ones without values.
+
+        Where an entry chooses among layers, it is the first of them.
+        """
+        term = self.terms[name]
+        return sketched(term.members[0][0] if term.members else term, teacher_captures, student_captures, batch)

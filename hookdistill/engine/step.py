@@ -26,7 +26,9 @@ from ..fused.rows import RowTask, RowTerm
 from ..matches import Match
 from . import fast
 from .blame import at_step, in_match
+from .choices import Choices
 from .fast import Choice, Computed, Task
+from .layers import Row, rows_of, value_of
 from .lookup import Captures, attention_call, captured, captures_of, head_at, sourced
 from .terms import adapted, check_head_trains, check_trains, compared, eager_value, options, own_options, trainable
 from .total import attach
@@ -78,6 +80,7 @@ class Step:
         step: what schedules are asked for.
         shares: a factor on the weight of entries, by name.
         impl: see `DistillationLoss`.
+        choices: what entries keep that choose among teacher layers.
     """
 
     def __init__(
@@ -91,14 +94,16 @@ class Step:
         step: int = 0,
         shares: Shares | None = None,
         impl: str = "auto",
+        choices: Choices | None = None,
     ) -> None:
         self.state = state
         self.terms, self.adapter, self.student_captures, self.batch = terms, adapter, student_captures, batch
         self.step, self.shares, self.impl = step, shares or {}, impl
         self.choices: dict[str, Choice] = {}
+        self.layer_choices = choices
         self._outside = _Outside()
         self._open = dict.fromkeys(terms)
-        self._waiting = Counter(term.student_address for term in terms.values())
+        self._waiting = Counter(term.student_address for term in terms.values() if not term.members)
         self._groups: dict[Address, dict[tuple[int, int], _Group]] = {}
         self._masks: fast.Masks = {}
         self._together: list[tuple[RowTask, Sequence[_Call], Choice]] = []
@@ -106,6 +111,7 @@ class Step:
         self._slopes: list[tuple[Tensor, Tensor]] = []
         self._heads: dict[tuple[str | None, Address], Head | None] = {}
         self._eager: list[tuple[_Call, Tensor, Tensor]] = []
+        self._choosing: list[tuple[str, list[Row]]] = []
         self._values: dict[str, Tensor] = {}
         self._totals: list[Tensor] = []
 
@@ -116,6 +122,10 @@ class Step:
             MatchError: it cannot be computed, or would train nothing; the message names the entry.
         """
         with in_match(name):
+            term = self.terms[name]
+            if term.members:
+                self._take_rows(name, term, teacher_captures)
+                return
             self._take(name, teacher_captures)
 
     def offer(self, names: Sequence[str], teacher_captures: Any) -> bool:
@@ -156,6 +166,10 @@ class Step:
             weighted = value * call.weight
             total = weighted if total is None else total + weighted
             self._values[call.name] = value.detach()
+        for name, rows in self._choosing:
+            value, weight = self._chosen(name, rows)
+            total = value * weight if total is None else total + value * weight
+            self._values[name] = value.detach()
         assert total is not None  # as_matches refuses an empty list
         return Losses(total, {name: self._values[name] for name in self.terms})
 
@@ -168,6 +182,21 @@ class Step:
         if not self._waiting[term.student_address]:
             for group in self._groups.pop(term.student_address, {}).values():
                 self._run(group.task, group.calls)
+
+    def _take_rows(self, name: str, term: Match, teacher_captures: Any) -> None:
+        rows = rows_of(name, term, self.adapter, teacher_captures, self.student_captures, self.batch, self.step)
+        self._choosing.append((name, rows))
+        self.choices[name] = Choice("eager", f"layer_map='{term.paired_by}'")
+        del self._open[name]
+
+    def _chosen(self, name: str, rows: Sequence[Row]) -> tuple[Tensor, float | Tensor]:
+        """The value and the weight of an entry that chooses among layers in each step."""
+        term = self.terms[name]
+        state = None if self.layer_choices is None else self.layer_choices.state(name)
+        with in_match(name):
+            learns = torch.is_grad_enabled() and state is not None and state.training
+            value = value_of(term.paired_by, rows, state, learns=learns)
+            return value, self._weight(name, term)
 
     def _take_head(self, name: str, term: Match, teacher_captures: Any) -> bool:
         """Line up a loss on logits that are not made, if that is how the student's are captured."""

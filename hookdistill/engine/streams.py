@@ -26,19 +26,23 @@ def streams(terms: Mapping[str, Match]) -> Streams:
     origins = defaultdict(set)
     kept = set()
     for term in terms.values():
-        if term.teacher_address is not None:
+        if term.members:
+            kept |= {(term.teacher_model, address) for address in term.teacher_addresses}
+        elif term.teacher_address is not None:
             origin = (term.teacher_model, term.teacher_address)
             origins[term.student_address].add(origin)
             if not _has_form(term) or isinstance(term.adapter, nn.Module) or term.further:
                 kept.add(origin)
-            kept.update((term.teacher_model, each) for each in teacher_inputs(term))
+        kept.update((term.teacher_model, each) for each in teacher_inputs(term))
     for several in origins.values():
         if len(several) > 1:
             kept |= several
     found: dict[tuple[str | None, Address], list[str]] = {}
     for name, term in terms.items():
-        if term.teacher_address is not None and (origin := (term.teacher_model, term.teacher_address)) not in kept:
-            found.setdefault(origin, []).append(name)
+        if term.teacher_address is None or term.members:
+            continue
+        if (term.teacher_model, term.teacher_address) not in kept:
+            found.setdefault((term.teacher_model, term.teacher_address), []).append(name)
     return found
 
 

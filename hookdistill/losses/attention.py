@@ -106,7 +106,7 @@ def relation_kl(
         regrouped = joined.reshape(*joined.shape[:2], heads, joined.shape[2] // heads).transpose(1, 2)
         scores = regrouped @ regrouped.transpose(-1, -2) / math.sqrt(regrouped.shape[-1])
         if tokens is not None:  # finite, so that a row without any valid key is not NaN
-            scores = scores.masked_fill(~tokens[:, None, None, :], torch.finfo(dtype).min)
+            scores = scores.masked_fill(~tokens[:, None, None, :], torch.finfo(scores.dtype).min)
         return scores.log_softmax(-1)
 
     values = kl_divergence(log_relation(teacher), log_relation(student))

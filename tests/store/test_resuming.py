@@ -1,6 +1,7 @@
 """A build that was interrupted goes on where it ended, and ends as if nothing had happened."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -159,12 +160,13 @@ def test_the_teacher_runs_on_while_a_shard_is_written(tmp_path, monkeypatch):
 
 
 def test_what_waits_for_the_writer_is_bounded(tmp_path, monkeypatch):
-    most, real = [], writing.Writer._next
+    most, real = [], writing.Writer._take
 
-    def noted(writer):
+    def slow(writer, work):
+        time.sleep(0.005)  # the builder gets as far ahead as it may
         most.append(writer._backlog)
-        return real(writer)
+        return real(writer, work)
 
-    monkeypatch.setattr(writing.Writer, "_next", noted)
+    monkeypatch.setattr(writing.Writer, "_take", slow)
     build(tmp_path, batches(sentences(60), 1), shard_bytes=2000)
     assert 0 < max(most) <= 2000
