@@ -1,0 +1,128 @@
+"""What a run leaves to be read: ``log.jsonl``, a line for each event; ``run.json``, what was run; and accelerate's trackers."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import TrainerError
+from ..files import write_text
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LOG = "log.jsonl"
+RUN = "run.json"
+
+
+class Log:
+    """Lines of JSON appended to a file, and the same numbers for the trackers; of several processes, the first one writes."""
+
+    def __init__(self, folder: Path | None, accelerator: Accelerator) -> None:
+        self.file = folder / LOG if folder is not None and accelerator.is_main_process else None
+        self.accelerator = accelerator
+
+    def start(self, *, after: int | None) -> None:
+        """Begin a new log, or go on after step ``after``: lines of later steps, and half a line, are of a run that was cut off."""
+        if self.file is None:
+            return
+        kept = []
+        if after is not None and self.file.exists():
+            kept = [line for line in read_log(self.file) if line.get("step", 0) <= after]
+        with _logging(self.file):
+            write_text(self.file, "".join(f"{json.dumps(line)}\n" for line in kept))
+
+    def event(self, kind: str, **values: Any) -> None:
+        """One line."""
+        if self.file is None:
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"kind": kind, "time": now, **_plain(values)})
+        with _logging(self.file), self.file.open("a", encoding="utf-8") as stream:
+            stream.write(f"{line}\n")
+
+    def track(self, values: Mapping[str, float], step: int) -> None:
+        """The numbers of a step or an evaluation, for the trackers."""
+        if self.accelerator.trackers:
+            self.accelerator.log(dict(values), step=step)
+
+
+def read_log(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a log; half a line at its end is passed over."""
+    with file.open(encoding="utf-8") as stream:
+        for line in stream:
+            try:
+                yield _numbers(json.loads(line))
+            except ValueError:
+                if line.endswith("\n"):
+                    raise
+
+
+def versions() -> dict[str, str]:
+    """Of everything that may matter."""
+    import accelerate
+    import numpy
+    import safetensors
+
+    from .. import __version__
+
+    found = {"hookdistill": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    found |= {module.__name__: str(module.__version__) for module in (accelerate, numpy, safetensors)}
+    if "transformers" in sys.modules:
+        found["transformers"] = str(sys.modules["transformers"].__version__)
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What it ran on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "cpus": os.cpu_count()}
+
+
+def write_run(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write ``run.json``."""
+    with _logging(folder / RUN):
+        write_text(folder / RUN, json.dumps(_plain(content), indent=1) + "\n")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read ``run.json``."""
+    return dict(_numbers(json.loads((folder / RUN).read_text(encoding="utf-8"))))
+
+
+@contextlib.contextmanager
+def _logging(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainerError(
+            f"{str(file)!r} cannot be written: {error}. The training stops here; its last checkpoint is whole, and "
+            "train(resume=True) goes on from it"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """For JSON, which knows no numbers but finite ones."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"number": repr(value)}
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return float(value["number"]) if value.keys() == {"number"} else {key: _numbers(each) for key, each in value.items()}
+    return [_numbers(each) for each in value] if isinstance(value, list) else value
