@@ -5,6 +5,7 @@ A factor multiplies the weight that the match has, so that the weights say how m
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -156,9 +157,7 @@ BALANCES = {"magnitude": MagnitudeBalance, "gradnorm": GradNormBalance}
 
 
 def balance_for(given: str | Balance | None) -> Balance | None:
-    """What ``Trainer(balance=…)`` means: one of `BALANCES` by name, or a copy of the one given, so that a second run is alike."""
-    import copy
-
+    """What ``Trainer(balance=…)`` means: one of `BALANCES` by name, or a copy of one, new for each run."""
     if given is None:
         return None
     return BALANCES[given]() if isinstance(given, str) else copy.deepcopy(given)

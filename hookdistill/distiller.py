@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .addresses import Address, parse
 from .batches import BatchAdaptor, BatchKey, Inputs, check_fits, contents, given_inputs, has_item, model_inputs
 from .capture import Captured
-from .engine import DistillationLoss, Losses, Shares, Step, in_match
+from .engine import Compared, DistillationLoss, Losses, Shares, Step, in_match
 from .errors import AddressError, BatchError, HookDistillError, MatchError, listing
 from .export import save_student
 from .matches import Match, as_matches
@@ -24,6 +24,7 @@ from .paths import resolve, unwrap
 from .plan import Plan, check_values, expand, row
 from .recorder import Receiver, Recorder, Recorders
 from .running import device_of, teaching, undisturbed
+from .sharding import gather_for_backward
 
 ORDERS = ("student first", "teacher first")
 
@@ -137,6 +138,24 @@ class Distiller(nn.Module):
         """For each match that is a mean, the number of valid positions in ``batch``: see `DistillationLoss.counts`."""
         return self.loss.counts(batch)
 
+    def compared(self, batch: Any) -> dict[str, Compared]:
+        """What each match compares on ``batch``, without adapters: for evaluations, not for training."""
+        with self._running(batch) as run:
+            teachers, student = run.teachers(), run.student()
+            return {name: self.loss.tensors(name, teachers, student, batch) for name in self.loss.terms}
+
+    def run_student(self, batch: Any) -> Any:
+        """What the student returns, called with what `forward` calls it with."""
+        inputs = self._inputs(batch).student.to(device_of(self.student))
+        return self.student(*inputs.args, **inputs.kwargs)
+
+    def run_teacher(self, batch: Any, name: str | None = None) -> Any:
+        """What a teacher returns, called with what `forward` calls it with: in eval mode, without gradients."""
+        model = self._teachers[name]
+        inputs = self._inputs(batch, {name: model}).teachers[name].to(device_of(model, otherwise=device_of(self.student)))
+        with teaching(model):
+            return model(*inputs.args, **inputs.kwargs)
+
     def export(self, path: str | os.PathLike[str]) -> None:
         """Write the student alone to the folder ``path``: ``save_pretrained`` where it has that, else ``model.safetensors``."""
         save_student(self.student, path)
@@ -234,8 +253,9 @@ class Distiller(nn.Module):
                 f"student: {error}"
             ) from error
 
-    def _inputs(self, batch: Any) -> _AllInputs:
-        running = {name: model for name, model in self._teachers.items() if self._teacher_addresses(name)}
+    def _inputs(self, batch: Any, running: Mapping[str | None, nn.Module] | None = None) -> _AllInputs:
+        if running is None:
+            running = {name: model for name, model in self._teachers.items() if self._teacher_addresses(name)}
         if self.batch_adaptor is not None:
             return _adapted(self.batch_adaptor, device_of(self.student), batch, running, self.student)
         terms = self.loss.terms.values()
@@ -280,7 +300,9 @@ class _Run:
 
     def student(self) -> Captured:
         """Run the student."""
-        return self._run(self.recorders.student, self.inputs.student.to(self.home))
+        captured = self._run(self.recorders.student, self.inputs.student.to(self.home))
+        gather_for_backward(self.recorders.student.model, captured)
+        return captured
 
     def teachers(self, receive: Callable[[str | None, Address, Tensor], bool] | None = None) -> Any:
         """Run the teachers: their captures, by name where they have one. ``receive`` is offered each tensor first."""

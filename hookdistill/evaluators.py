@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .engine import at_step
+from .engine import Compared, at_step, features_at
 from .errors import TrainerError
 from .evaluation import Evaluation
+from .losses.reduction import fit_mask
+from .matches import Match
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,27 +132,104 @@ class Fidelity:
 
     For matches of logits ``fidelity/<match>/agreement``, the share of positions where both have the same first choice, and
     ``fidelity/<match>/kl``, KL(teacher ‖ student) in nats at temperature 1. For matches of features ``fidelity/<match>/cka``,
-    linear CKA (Kornblith et al., *Similarity of Neural Network Representations Revisited*, 2019, section 3) over all valid
-    positions of all processes; it needs no equal widths, and no adapter is between. Matches of other kinds are left out.
+    linear CKA (Kornblith et al., *Similarity of Neural Network Representations Revisited*, 2019, section 3) over valid
+    positions; it needs no equal widths, and no adapter is between. Matches of other kinds are left out.
+
+    Args:
+        positions: for CKA, at most this many of each process, the first that come.
     """
 
     prefix: str = "fidelity/"
+    positions: int = 4096
 
     def __call__(self, evaluation: Evaluation, /) -> dict[str, float]:
         """Raises a `TrainerError` when there is no ``eval_loader``, or no match to measure."""
         _loader(evaluation, "Fidelity()")
+        distiller = evaluation.distiller
+        kinds = {name: _KINDS[term.spec.compares] for name, term in distiller.loss.terms.items() if _is_measured(term)}
+        if not kinds:
+            raise TrainerError("Fidelity() compares logits and features with a teacher's, and no match does; leave it out")
         found: dict[str, _Agreement | _Cka] = {}
         for batch, counts in evaluation.share():
-            for name, (student, teacher, mask) in evaluation.distiller.compared(batch).items():
-                kind = _fidelity_kind(evaluation.distiller.loss.terms[name].spec.compares)
-                if counts and kind is not None:
-                    found.setdefault(name, kind()).add(student, teacher, mask)
-        metrics: dict[str, float] = {}
-        for name in evaluation.distiller.loss.terms:
-            kind = _fidelity_kind(evaluation.distiller.loss.terms[name].spec.compares)
-            if kind is not None and evaluation.distiller.loss.terms[name].teacher_address is not None:
-                values = found.get(name, kind()).metrics(evaluation)
-                metrics |= {f"{self.prefix}{name}/{which}": value for which, value in values.items()}
-        if not metrics:
-            raise TrainerError("Fidelity() compares logits and features with a teacher's, and no match does; leave it out")
-        return metrics
+            compared = distiller.compared(batch)
+            for name, kind in kinds.items():
+                if name not in found:
+                    found[name] = kind(features_at(distiller.loss.terms[name], compared[name].student), self.positions)
+                found[name].add(compared[name], counts=counts)
+        if not found:
+            raise _no_batch(evaluation)
+        metrics = {name: measured.metrics(evaluation) for name, measured in found.items()}
+        return {f"{self.prefix}{name}/{which}": value for name, values in metrics.items() for which, value in values.items()}
+
+
+class _Agreement:
+    """Sums over positions of logits."""
+
+    def __init__(self, dim: int, positions: int) -> None:
+        self.dim = dim
+        self.sums = torch.zeros(3, dtype=torch.float64)
+
+    def add(self, tensors: Compared, *, counts: bool) -> None:
+        student, teacher = (each.movedim(self.dim, -1) for each in (tensors.student, tensors.other))
+        if student.shape != teacher.shape or not counts:
+            return
+        valid = _valid(tensors.mask, student)
+        agree = (student.argmax(-1) == teacher.argmax(-1))[valid]
+        ours, theirs = (F.log_softmax(each[valid].double(), -1) for each in (student, teacher))
+        divergence = F.kl_div(ours, theirs, log_target=True, reduction="sum")
+        self.sums += torch.stack([agree.sum().double(), divergence, torch.tensor(float(agree.numel()))]).cpu()
+
+    def metrics(self, evaluation: Evaluation) -> dict[str, float]:
+        agree, divergence, count = evaluation.summed(self.sums).tolist()
+        return {"agreement": agree / count, "kl": divergence / count} if count else {}
+
+
+class _Cka:
+    """Linear CKA from the first positions that are valid."""
+
+    def __init__(self, dim: int, positions: int) -> None:
+        self.dim, self.wanted = dim, positions
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.widths = (0, 0)
+
+    def add(self, tensors: Compared, *, counts: bool) -> None:
+        student, teacher = (each.movedim(self.dim, -1) for each in (tensors.student, tensors.other))
+        self.widths = (student.shape[-1], teacher.shape[-1])
+        if not counts or self.wanted <= 0 or student.shape[:-1] != teacher.shape[:-1]:
+            return
+        valid = _valid(tensors.mask, student)
+        self.pairs.append((student[valid][: self.wanted].double().cpu(), teacher[valid][: self.wanted].double().cpu()))
+        self.wanted -= len(self.pairs[-1][0])
+
+    def metrics(self, evaluation: Evaluation) -> dict[str, float]:
+        empty = tuple(torch.zeros(0, width, dtype=torch.float64) for width in self.widths)
+        x, y = (torch.cat([pair[side] for pair in [*self.pairs, empty]]) for side in (0, 1))
+        count = evaluation.summed(torch.tensor(float(len(x)), dtype=torch.float64)).clamp_min(1)
+        x, y = (each - evaluation.summed(each.sum(0)) / count for each in (x, y))
+        cross, ours, theirs = (evaluation.summed(a.T @ b).norm() for a, b in ((x, y), (x, x), (y, y)))
+        return {"cka": float(cross.square() / (ours * theirs))} if float(ours * theirs) > 0 else {}
+
+
+_KINDS: dict[str, type[_Agreement] | type[_Cka]] = {"logits": _Agreement, "features": _Cka}
+
+
+def _is_measured(term: Match) -> bool:
+    return term.spec.compares in _KINDS and term.teacher_address is not None
+
+
+def _valid(mask: Tensor | None, values: Tensor) -> Tensor:
+    positions = values.shape[:-1]
+    return torch.ones(positions, dtype=torch.bool, device=values.device) if mask is None else fit_mask(mask, positions)
+
+
+def _loader(evaluation: Evaluation, asked_by: str) -> Iterable[Any]:
+    if evaluation.loader is None:
+        raise TrainerError(f"{asked_by} measures on held-out batches, but there are none; give the Trainer an eval_loader=")
+    return evaluation.loader
+
+
+def _no_batch(evaluation: Evaluation) -> TrainerError:
+    return TrainerError(
+        f"eval_loader gave no batch at step {evaluation.step}. It is read at every evaluation, so it must be a DataLoader, a "
+        "list or the like with something in it; a generator can be read only once"
+    )

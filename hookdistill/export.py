@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import ExportError, did_you_mean, listing
 from .files import write_into
+from .journal import version
 from .paths import unwrap
 from .sharding import is_sharded, whole_state
 
@@ -123,22 +124,27 @@ def _untied(state: Mapping[str, Tensor], first: set[str] = frozenset()) -> dict[
     names: dict[Any, str] = {}
     for name in sorted(state, key=lambda name: name not in first):
         tensor = state[name]
-        memory = (tensor.device, tensor.dtype, tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        memory = (
+            tensor.device,
+            tensor.dtype,
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+        )
         names.setdefault(memory if tensor.numel() else name, name)
     kept = {*names.values()}
     return {name: tensor for name, tensor in state.items() if name in kept}
 
 
 def _description(model: nn.Module) -> dict[str, Any]:
-    from . import __version__
-
     config = getattr(model, "config", None)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = dataclasses.asdict(config)
     described: dict[str, Any] = {
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "hookdistill_version": __version__,
+        "hookdistill_version": version(),
     }
     with contextlib.suppress(TypeError, ValueError):
         if isinstance(config, Mapping):

@@ -108,8 +108,8 @@ class Passes:
             pass
         if self.taken < target:
             raise TrainerError(
-                f"the checkpoint was saved after {target} batches of pass {self.number}, but now train_loader gives {self.taken}; "
-                "it has to be the loader of that run, made anew"
+                f"the checkpoint was saved after {target} batches of pass {self.number}, but now train_loader gives "
+                f"{self.taken}; it has to be the loader of that run, made anew"
             )
         if state["over"]:
             self.taken, self.over, self._batches = state["taken"], True, iter(())
@@ -218,7 +218,8 @@ def _per_process(loader: Any, accelerator: Accelerator) -> int | None:
     length = length_of(loader)
     if length is None or not is_divisible(loader):
         return length
-    return math.ceil(length / accelerator.num_processes)
+    world: int = accelerator.num_processes
+    return math.ceil(length / world)
 
 
 def _shares(loader: Any) -> list[ShareOfBatches]:
@@ -229,13 +230,14 @@ def _shares(loader: Any) -> list[ShareOfBatches]:
 def _skip_indices(batches: Any, count: int) -> int:
     """Draw the indices of ``count`` batches and load nothing; how many were skipped, 0 where the iterator cannot do that."""
     draw = getattr(batches, "_next_index", None)  # torch's iterator over a DataLoader, without worker processes
-    if draw is None or getattr(batches, "_num_workers", 1):
+    if draw is None or getattr(batches, "_num_workers", None) != 0:
         return 0
-    skipped = 0
-    with contextlib.suppress(StopIteration):
-        for skipped in range(1, count + 1):
+    for skipped in range(count):
+        try:
             draw()
-    return skipped
+        except StopIteration:
+            return skipped
+    return count
 
 
 @contextlib.contextmanager

@@ -67,7 +67,9 @@ class Steps:
 
     def __init__(self, values: Mapping[int, float]) -> None:
         if 0 not in values or any(isinstance(step, bool) or not isinstance(step, int) or step < 0 for step in values):
-            raise MatchError(f"Steps takes {{first step: value}} with whole steps, the first of them 0; got {dict(values)!r:.80}")
+            raise MatchError(
+                f"Steps takes {{first step: value}} with whole steps, the first of them 0; got {dict(values)!r:.80}"
+            )
         self.values = dict(sorted(values.items()))
         self._starts = [*self.values]
 

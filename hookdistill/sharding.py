@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def like(tensor: Tensor, reference: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(reference.dtype), reference.device_mesh, reference.placements)
 
 
-def gather_for_backward(model: nn.Module, captured: Iterable[tuple[str, Tensor]]) -> None:
+def gather_for_backward(model: nn.Module, captured: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Let backward find the weights that it needs, when a loss hangs on a tensor from inside a sharded unit.
 
     ``fully_shard`` gathers the weights of a unit again when a gradient reaches the unit's output. A captured tensor from inside
@@ -48,15 +48,16 @@ def gather_for_backward(model: nn.Module, captured: Iterable[tuple[str, Tensor]]
 
     Args:
         model: the one that was run.
-        captured: tensors with the path of their module.
+        captured: ``{layer: {output: tensor}}``.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized() or not is_sharded(model):
         return
     units = [(path, module) for path, module in module_paths(model).items() if hasattr(module, "unshard")]
-    for path, tensor in captured:
+    for path, outputs in captured.items():
         around = [unit for name, unit in units if name == "" or path == name or path.startswith(f"{name}.")]
-        if tensor.requires_grad and around:
-            tensor.register_hook(_Gather(around))
+        for tensor in outputs.values() if around else ():
+            if tensor.requires_grad:
+                tensor.register_hook(_Gather(around))  # type: ignore[no-untyped-call]
 
 
 class _Gather:

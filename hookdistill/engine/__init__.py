@@ -1,5 +1,6 @@
 """Matches + captured tensors + batch → the losses of one step."""
 
+from .blame import at_step as at_step
 from .blame import in_match as in_match
 from .fast import IMPLEMENTATIONS as IMPLEMENTATIONS
 from .fast import Choice as Choice
@@ -9,3 +10,4 @@ from .step import Losses as Losses
 from .step import Shares as Shares
 from .step import Step as Step
 from .terms import Compared as Compared
+from .terms import features_at as features_at

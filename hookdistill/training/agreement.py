@@ -6,7 +6,7 @@ positions of all of them, not a mean of means: each batch gets the share that it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Agreed:
     """What is done in one optimizer step."""
 
-    shares: list[Mapping[str, float] | None]
+    shares: Sequence[Mapping[str, float] | None]
     """For each batch of this process, the factors on the weights of the matches; ``None`` for all 1, the usual step. Some more
     than it has batches, where another process has more: for a forward of nothing, in which all take part."""
     stop: bool

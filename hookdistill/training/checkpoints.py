@@ -1,8 +1,8 @@
 """Checkpoints on disk: a folder each, written as a whole, with checksums; the newest whole one is found by itself.
 
-    output_dir/checkpoints/step-000000120/
-        manifest.json            every other file with its length and SHA-256
-        model.safetensors, model.json, optimizer.safetensors, …
+output_dir/checkpoints/step-000000120/
+    manifest.json            every other file with its length and SHA-256
+    model.safetensors, model.json, optimizer.safetensors, …
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def save_checkpoint(root: Path, step: int, write: Callable[[Path], object], *, k
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written.
     """
-    target = root / f"{_NAME}{step:09d}"
+    target = checkpoint_path(root, step)
 
     def write_and_sum(folder: Path) -> None:
         write(folder)
@@ -42,6 +42,11 @@ def save_checkpoint(root: Path, step: int, write: Callable[[Path], object], *, k
         for path in older[keep_last - 1 :] if keep_last is not None else []:
             remove_folder(path)
     return target
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return root / f"{_NAME}{step:09d}"
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -116,9 +121,9 @@ def find_checkpoint(root: Path | None, resume: bool | str | Path) -> Path | None
     return found
 
 
-def tidy(root: Path) -> None:
+def tidy(root: Path | None) -> None:
     """Remove what a killed process has left half-written."""
-    if root.is_dir():
+    if root is not None and root.is_dir():
         recover(root)
 
 

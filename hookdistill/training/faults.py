@@ -16,7 +16,13 @@ from .meters import Where, is_finite, readable
 
 
 def not_finite(
-    where: Where, values: Mapping[str, float], names: Sequence[str], *, batches: Sequence[Any] = (), taken: bool, gradients: bool
+    where: Where,
+    values: Mapping[str, float],
+    names: Sequence[str],
+    *,
+    batches: Sequence[Any] = (),
+    taken: bool,
+    gradients: bool,
 ) -> TrainerError:
     """A loss or gradient is NaN or infinite.
 
@@ -29,7 +35,9 @@ def not_finite(
         gradients: whether it is the gradient although the losses are finite.
     """
     broken = [name for name in names if not is_finite({name: values[name]})]
-    culprit = f"the match {broken[0]!r} is" if len(broken) == 1 else f"the matches {listing(broken)} are" if broken else "the loss is"
+    culprit = (
+        f"the match {broken[0]!r} is" if len(broken) == 1 else f"the matches {listing(broken)} are" if broken else "the loss is"
+    )
     found = "the gradient is no longer finite, although the losses are," if gradients else f"{culprit} no longer finite"
     dirty = [item for batch in batches for item in _not_finite_items(batch)]
     cause = f" The batch itself has values that are not finite in {listing(dirty)}." if dirty else ""
@@ -73,10 +81,10 @@ def out_of_memory(error: BaseException, where: Where, rows: int, distiller: Dist
     notes = "".join(f" It was {note}." for note in getattr(error, "__notes__", []))
     first = str(error).strip().splitlines()[0]
     return TrainerError(
-        f"out of memory at {where}, with {rows} examples: {first}{notes} What holds memory: {known}{rest}. A smaller batch with "
-        "accumulate= gives the same step; mixed_precision='bf16', gradient_checkpointing=True, a teacher in half precision or on "
-        "another device (teacher_device=), and fewer matches need less. Training goes on from the last checkpoint with "
-        "train(resume=True)"
+        f"out of memory at {where}, with {rows} examples: {first}{notes} What holds memory: {known}{rest}. A smaller batch "
+        "with accumulate= gives the same step; mixed_precision='bf16', gradient_checkpointing=True, a teacher in half "
+        "precision or on another device (teacher_device=), and fewer matches need less. Training goes on from the last "
+        "checkpoint with train(resume=True)"
     )
 
 

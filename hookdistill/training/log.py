@@ -1,11 +1,10 @@
-"""What a run leaves to be read: ``log.jsonl``, a line for each event; ``run.json``, what was run; and accelerate's trackers."""
+"""Telling of a run while it runs: lines in ``log.jsonl``, numbers for accelerate's trackers, and ``run.json``."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import json
-import math
 import os
 import platform
 import sys
@@ -17,12 +16,10 @@ import torch
 
 from ..errors import TrainerError
 from ..files import write_text
+from ..journal import LOG, RUN, plain, read_log, version
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-LOG = "log.jsonl"
-RUN = "run.json"
 
 
 class Log:
@@ -33,7 +30,7 @@ class Log:
         self.accelerator = accelerator
 
     def start(self, *, after: int | None) -> None:
-        """Begin a new log, or go on after step ``after``: lines of later steps, and half a line, are of a run that was cut off."""
+        """Begin a new log, or go on after step ``after``; lines of later steps, and half a line, are what was cut off."""
         if self.file is None:
             return
         kept = []
@@ -47,7 +44,7 @@ class Log:
         if self.file is None:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"kind": kind, "time": now, **_plain(values)})
+        line = json.dumps({"kind": kind, "time": now, **plain(values)})
         with _logging(self.file), self.file.open("a", encoding="utf-8") as stream:
             stream.write(f"{line}\n")
 
@@ -57,26 +54,13 @@ class Log:
             self.accelerator.log(dict(values), step=step)
 
 
-def read_log(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log; half a line at its end is passed over."""
-    with file.open(encoding="utf-8") as stream:
-        for line in stream:
-            try:
-                yield _numbers(json.loads(line))
-            except ValueError:
-                if line.endswith("\n"):
-                    raise
-
-
 def versions() -> dict[str, str]:
     """Of everything that may matter."""
     import accelerate
     import numpy
     import safetensors
 
-    from .. import __version__
-
-    found = {"hookdistill": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    found = {"hookdistill": version(), "python": platform.python_version(), "torch": str(torch.__version__)}
     found |= {module.__name__: str(module.__version__) for module in (accelerate, numpy, safetensors)}
     if "transformers" in sys.modules:
         found["transformers"] = str(sys.modules["transformers"].__version__)
@@ -92,12 +76,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def write_run(folder: Path, content: Mapping[str, Any]) -> None:
     """Write ``run.json``."""
     with _logging(folder / RUN):
-        write_text(folder / RUN, json.dumps(_plain(content), indent=1) + "\n")
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """Read ``run.json``."""
-    return dict(_numbers(json.loads((folder / RUN).read_text(encoding="utf-8"))))
+        write_text(folder / RUN, json.dumps(plain(content), indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -109,20 +88,3 @@ def _logging(file: Path) -> Iterator[None]:
             f"{str(file)!r} cannot be written: {error}. The training stops here; its last checkpoint is whole, and "
             "train(resume=True) goes on from it"
         ) from error
-
-
-def _plain(value: Any) -> Any:
-    """For JSON, which knows no numbers but finite ones."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"number": repr(value)}
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return float(value["number"]) if value.keys() == {"number"} else {key: _numbers(each) for key, each in value.items()}
-    return [_numbers(each) for each in value] if isinstance(value, list) else value

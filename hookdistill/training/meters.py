@@ -118,7 +118,9 @@ class StepLosses:
         """Those of one batch, whose parts count by their shares."""
         if shares is not None and not any(shares.values()):
             return
-        parts = [losses.parts[name] * share if (share := _share(shares, name)) != 1 else losses.parts[name] for name in self.names]
+        parts = [
+            losses.parts[name] * share if (share := _share(shares, name)) != 1 else losses.parts[name] for name in self.names
+        ]
         values = torch.stack([each.detach().float() for each in (losses.total, *parts)])
         self.values = values if self.values is None else self.values + values
 

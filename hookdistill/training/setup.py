@@ -130,7 +130,7 @@ def compiling(distiller: Distiller, which: bool | str, options: Mapping[str, Any
     models += teachers_of(distiller) if which in (True, "teacher") else []
     chosen = [model for model in models if not is_compiled(model)]
     for model in chosen:
-        model.compile(**options)  # type: ignore[no-untyped-call]
+        model.compile(**options)
     try:
         yield
     finally:
@@ -152,9 +152,7 @@ def place(distiller: Distiller, device: torch.device, teacher_device: torch.devi
             teacher.to(device if teacher_device is None else teacher_device)
 
 
-def prepare(
-    distiller: Distiller, optimizer: Optimizer, accelerator: Accelerator, first_batch: Any
-) -> tuple[nn.Module, Optimizer]:
+def prepare(distiller: Distiller, optimizer: Optimizer, accelerator: Accelerator, first_batch: Any) -> tuple[nn.Module, Any]:
     """Distiller and optimizer, ready for the accelerator: student, adapters and losses are one module in its eyes."""
     if is_sharded(distiller):
         # The user has called fully_shard, which sees to the gradients of its units. DDP would refuse them.

@@ -23,7 +23,7 @@ _PLAIN = (str, bool, int, type(None))
 
 
 def pack(tree: Any, *, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
-    """What JSON can say of ``tree``, and the tensors in it by their place, on the CPU; a tensor that is there twice is kept once.
+    """What JSON can say of ``tree``, and the tensors in it by their place, on the CPU; one that is there twice is kept once.
 
     Raises:
         CheckpointError: something in it is of another kind; the message has its place.
@@ -109,8 +109,8 @@ class _Packer:
             packed = [self.pack(each, f"{place}.{position}") for position, each in enumerate(value)]
             return packed if isinstance(value, list) else _kind("tuple" if isinstance(value, tuple) else "set", packed)
         raise CheckpointError(
-            f"{place} is a {type(value).__name__}, which cannot be saved in a checkpoint: numbers, strings, tensors, and lists, "
-            "tuples, sets and dicts of them can. Keep it out of the state_dict, or train with save_every=None"
+            f"{place} is a {type(value).__name__}, which cannot be saved in a checkpoint: numbers, strings, tensors, and "
+            "lists, tuples, sets and dicts of them can. Keep it out of the state_dict, or train with save_every=None"
         )
 
     def mapping(self, value: Mapping[Any, Any], place: str) -> Any:

@@ -16,7 +16,7 @@ from hookdistill.training.states import read_state, write_state
 
 def content(value):
     def write(folder):
-        write_state({"value": torch.full((1000,), float(value))}, folder, "model")
+        write_state({"value": torch.ones(1000)}, folder, "model")
         write_state({"value": value}, folder, "optimizer")
 
     return write
@@ -125,9 +125,6 @@ def test_a_write_that_raises_leaves_nothing(tmp_path):
 # A kill at every act of a save
 
 
-ACTS = ("mkdtemp", "fsync", "chmod", "replace", "rmtree")
-
-
 def save_and_die(root, at):
     """In a process of its own: save step 2 over an older step 2, and die before the act number ``at``."""
     acts = []
@@ -148,10 +145,6 @@ def save_and_die(root, at):
     files.shutil.rmtree = counted(files.shutil.rmtree)
     save_checkpoint(root, 2, content("new"), keep_last=1)
     os._exit(len(acts))
-
-
-def content_of(value):
-    return {"value": value}
 
 
 def test_killed_at_any_act_of_a_save_a_whole_checkpoint_is_found(tmp_path):

@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from hookdistill.export import save_student, write_whole
+from hookdistill.export import save_student
+from hookdistill.files import write_into
 
 
 def bert(layers):
@@ -21,13 +22,13 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
 
     (tmp_path / "model.safetensors").write_bytes(b"whole")
     with pytest.raises(OSError, match="No space left"):
-        write_whole(tmp_path, half)
+        write_into(tmp_path, half)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("model.safetensors", b"whole")]
 
 
 def test_shards_of_a_larger_student_do_not_stay_beside_a_smaller_one(tmp_path):
     large = bert(4)
-    write_whole(tmp_path, lambda folder: large.save_pretrained(folder, max_shard_size="20KB"))
+    write_into(tmp_path, lambda folder: large.save_pretrained(folder, max_shard_size="20KB"))
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     (tmp_path / "notes.txt").write_text("mine")
     small = bert(1)
