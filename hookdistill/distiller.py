@@ -24,7 +24,7 @@ from .paths import resolve, unwrap
 from .plan import Plan, check_values, expand, row
 from .recorder import Receiver, Recorder, Recorders
 from .running import device_of, teaching, undisturbed
-from .sharding import gather_for_backward
+from .sharding import gather_for_backward, reshard
 
 ORDERS = ("student first", "teacher first")
 
@@ -199,6 +199,8 @@ class Distiller(nn.Module):
             for key in set(self.adapters) - adapters:
                 del self.adapters[key]
             raise
+        finally:
+            reshard(self.student)
         return Plan(rows=rows, inputs=self._inputs(batch).lines())
 
     @contextlib.contextmanager

@@ -74,8 +74,10 @@ class Passes:
             self.begin()
         first = self.take(1)
         if not first:
+            world = self.accelerator.num_processes
+            few = f", or are there fewer batches than the {world} processes?" if world > 1 else "?"
             raise TrainerError(
-                "train_loader gives no batch; is its data set empty, or smaller than a batch under drop_last=True?"
+                f"train_loader gives no batch; is its data set empty, or smaller than a batch under drop_last=True{few}"
             )
         self.taken -= 1
         self._batches = itertools.chain(first, self._batches)

@@ -69,6 +69,17 @@ class _Gather:
             unit.unshard()  # type: ignore[operator]
 
 
+def reshard(model: nn.Module) -> None:
+    """Divide the parameters again that a forward without a backward has left whole, as that of an outermost unit is.
+
+    Until then ``parameters()`` gives other objects, which an optimizer would step in vain.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for module in model.modules():
+            if callable(divide := getattr(module, "reshard", None)) and hasattr(module, "unshard"):
+                divide()
+
+
 def broadcast_plain(model: nn.Module, source: int = 0) -> None:
     """Give every process the values that the parameters and buffers outside sharded units have in one of them."""
     with torch.no_grad():

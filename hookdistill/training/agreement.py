@@ -76,9 +76,9 @@ class Agreement:
     def _gathered(self, ours: Tensor) -> Tensor:
         if self.channel is None:
             return ours[None]
-        everyone = ours.new_empty(self.world, len(ours))
-        torch.distributed.all_gather_into_tensor(everyone, ours, group=self.channel)
-        return everyone
+        everyone = [torch.empty_like(ours) for _ in range(self.world)]
+        torch.distributed.all_gather(everyone, ours, group=self.channel)
+        return torch.stack(everyone)
 
 
 def weighted(shares: Mapping[str, float] | None, factors: Mapping[str, Tensor | float]) -> dict[str, Tensor | float] | None:

@@ -24,7 +24,7 @@ from ..loading import Passes, rows_of
 from ..optimization import make_optimizer, make_scheduler
 from ..randomness import set_random_state, set_seed
 from ..running import undisturbed
-from ..sharding import average_plain_gradients, is_sharded
+from ..sharding import average_plain_gradients, is_sharded, reshard
 from . import resume as states
 from .agreement import Agreement, weighted
 from .checkpoints import checkpoint_path, find_checkpoint, save_checkpoint, tidy
@@ -235,6 +235,7 @@ class Run:
             self.log.track(self.history[-1].metrics, self.step)
             if settings.best is not None:
                 self._keep_best(settings.best)
+            reshard(settings.distiller)
         self.meter.since = time.perf_counter()
 
     def save_checkpoint(self, position: Mapping[str, Any] | None = None) -> None:

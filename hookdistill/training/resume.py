@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..evaluation import Measurement
 from ..randomness import random_state
 from ..sharding import like, whole
-from .states import pack, read_state, write_state
+from .states import check_packable, read_state, write_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,9 +56,9 @@ def write(states: Mapping[str, Any], folder: Path) -> None:
 
 def check_can_be_saved(run: Run) -> None:
     """Raise a `CheckpointError` now rather than at the first checkpoint, where a state is of a kind that cannot be saved."""
-    pack(run.torch_optimizer.state_dict(), name="optimizer")
-    pack(run.scheduler.state_dict(), name="scheduler")
-    pack(dict(run.settings.distiller.state_dict()), name="model")
+    check_packable(run.torch_optimizer.state_dict(), name="optimizer")
+    check_packable(run.scheduler.state_dict(), name="scheduler")
+    check_packable(dict(run.settings.distiller.state_dict()), name="model")
 
 
 def read_position(checkpoint: Path, accelerator: Accelerator) -> dict[str, Any]:

@@ -32,6 +32,11 @@ def pack(tree: Any, *, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
     return packer.pack(tree, name), packer.tensors
 
 
+def check_packable(tree: Any, *, name: str) -> None:
+    """Raise what `pack` would raise, and copy nothing."""
+    _Packer(name, dry=True).pack(tree, name)
+
+
 def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The inverse of `pack`."""
     if isinstance(tree, list):
@@ -82,8 +87,8 @@ def read_state(folder: Path, name: str) -> Any:
 
 
 class _Packer:
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, *, dry: bool = False) -> None:
+        self.name, self.dry = name, dry
         self.tensors: dict[str, Tensor] = {}
         self.known: dict[Any, str] = {}
         self.storages: set[Any] = set()
@@ -122,6 +127,8 @@ class _Packer:
     def tensor(self, tensor: Tensor, place: str) -> str:
         if tensor.layout is not torch.strided or tensor.is_quantized:
             raise CheckpointError(f"{place} is a tensor of layout {tensor.layout}, which safetensors cannot hold")
+        if self.dry:
+            return place
         tensor = tensor.detach()
         memory = (tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and memory in self.known:

@@ -64,7 +64,9 @@ def weighted():
     return DataLoader(TensorDataset(DATA), 4, sampler=WeightedRandomSampler(torch.rand(24, generator=draw), 24, generator=draw))
 
 
-def run(folder, *, cut=None, resume=False, make=lambda: noisy(LOGITS, HIDDEN), batches=lambda: loader(shuffle=True), **settings):
+def run(
+    folder, *, cut=None, resume=False, make=lambda: noisy(LOGITS, HIDDEN), batches=lambda: loader(shuffle=True), **settings
+):
     """A training of 12 steps, two passes; its student, adapters and result, or nothing if it was cut off."""
     made = make()
     options = {"epochs": 2, "optimizer": lambda parameters: AdamW(parameters, lr=0.05), "scheduler": "cosine", "seed": 3}
@@ -249,7 +251,9 @@ def test_a_path_names_a_checkpoint_and_a_run_may_have_another_folder(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_an_error_that_lists_the_differences(tmp_path):
     run(tmp_path, cut=4)
-    with pytest.raises(CheckpointError, match=r"another run.*optimizer steps in all \(12 then, 18 now\).*seed \(3 then, 4 now\)"):
+    with pytest.raises(
+        CheckpointError, match=r"another run.*optimizer steps in all \(12 then, 18 now\).*seed \(3 then, 4 now\)"
+    ):
         run(tmp_path, resume=True, epochs=3, seed=4)
     with pytest.raises(CheckpointError, match=r"matches \(hidden: mse then, none now\); parameters \(loss\.adapters"):
         run(tmp_path, resume=True, make=lambda: noisy(LOGITS))
@@ -315,7 +319,7 @@ def test_a_folder_that_a_killed_process_left_untidy_is_tidied(tmp_path):
     assert result.steps == 12
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "resumed"] == [5]
-    assert not [path for path in tmp_path.rglob(".*")]
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_a_second_training_is_no_resumption(tmp_path):
