@@ -21,14 +21,18 @@ def version() -> str:
 
 
 def read_log(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log; half a line at its end is passed over."""
+    """The lines of a log; half a line at its end is passed over.
+
+    Raises:
+        TrainerError: another line is damaged.
+    """
     with file.open(encoding="utf-8") as stream:
-        for line in stream:
+        for number, line in enumerate(stream, 1):
             try:
                 yield _numbers(json.loads(line))
-            except ValueError:
+            except ValueError as error:
                 if line.endswith("\n"):
-                    raise
+                    raise TrainerError(f"line {number} of {str(file)!r} is damaged: {error}") from error
 
 
 def read_run(folder: Path) -> dict[str, Any]:

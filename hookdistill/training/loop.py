@@ -282,8 +282,9 @@ class Run:
             where, losses = found
             raise not_finite(where, losses, self.meter.names, taken=True, gradients=False)
         if not self.bar.disable and self.meter.recent:
-            rate = self.torch_optimizer.param_groups[0]["lr"]
-            self.bar.set_postfix_str(f"{readable(self.meter.shown())}, lr {float(rate):.3g}", refresh=False)
+            rate = float(self.torch_optimizer.param_groups[0]["lr"])
+            speed = self.meter.examples_per_second() * self.accelerator.num_processes
+            self.bar.set_postfix_str(f"{readable(self.meter.shown())}, lr {rate:.3g}, {speed:,.0f} examples/s", refresh=False)
 
     def finish(self) -> TrainResult:
         """Save the last student, and sum up."""

@@ -43,8 +43,8 @@ class Meter:
         self.recent: deque[Tensor] = deque(maxlen=RECENT)  # each [1 + parts]: the total, then the parts
         self.unchecked: list[tuple[Where, Tensor]] = []
         self.unlogged: list[Tensor] = []
-        self.rows = 0
-        self.since = time.perf_counter()
+        self.rows = self.rows_shown = 0
+        self.since = self.shown_at = time.perf_counter()
 
     def add(self, where: Where, values: Tensor, rows: int) -> None:
         """Those of one optimizer step more."""
@@ -52,6 +52,7 @@ class Meter:
         self.unchecked.append((where, values))
         self.unlogged.append(values)
         self.rows += rows
+        self.rows_shown += rows
 
     def not_finite(self) -> tuple[Where, dict[str, float]] | None:
         """The first step since the last look whose losses are not all finite, and these; waits for the device."""
@@ -73,6 +74,12 @@ class Meter:
     def shown(self) -> dict[str, float]:
         """``loss`` and parts of this process, as means over the last steps; waits for the device."""
         return self.named(torch.stack(list(self.recent)).mean(0).tolist()) if self.recent else {}
+
+    def examples_per_second(self) -> float:
+        """Of this process, since this was last asked."""
+        now, rows = time.perf_counter(), self.rows_shown
+        seconds, self.shown_at, self.rows_shown = max(now - self.shown_at, 1e-9), now, 0
+        return rows / seconds
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """The same over all processes; every one has to ask."""

@@ -278,21 +278,6 @@ def test_a_student_of_transformers_is_saved_its_own_way(tmp_path):
     assert same(state(loaded), state(student))
 
 
-# Progress
-
-
-def test_the_bar_shows_the_losses(capsys):
-    Trainer(distiller(LOGITS, HIDDEN), loader(), epochs=1).train()
-    shown = capsys.readouterr().err
-    assert "6/6" in shown
-    assert all(name in shown.split("\r")[-1] for name in ("loss", "logits", "hidden"))
-
-
-def test_no_bar_without_progress(capsys):
-    trained(distiller())
-    assert capsys.readouterr().err == ""
-
-
 # When the evaluators are called; what they get is in test_evaluation
 
 
