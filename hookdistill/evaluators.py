@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .distiller import Distiller
 from .engine import Compared, at_step, features_at
-from .errors import TrainerError
+from .errors import MatchError, TrainerError
 from .evaluation import Evaluation
+from .loading import rows_of
 from .losses.reduction import fit_mask
 from .matches import Match
+from .running import teaching
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,8 @@ class StudentMetric:
         teacher = evaluation.distiller.teacher
         if not self.teacher or not isinstance(teacher, nn.Module):
             return {}
-        return {self.name: self.function(teacher, _loader(evaluation, f"StudentMetric({self.name!r})"))}
+        with teaching(teacher):
+            return {self.name: self.function(teacher, _loader(evaluation, f"StudentMetric({self.name!r})"))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,8 @@ class HeldOutLosses:
     """An evaluator: ``eval/loss``, the total, and ``eval/loss/<part>`` for each part, on the ``eval_loader``.
 
     A part is the mean over all valid positions of all batches, of all processes, each once. (For losses that couple the
-    examples of a batch it is the mean over batches, by their number of examples.)
+    examples of a batch, and for masks that are addresses in the student, it is the mean over batches, by their number of
+    examples.)
     """
 
     prefix: str = "eval/"
@@ -106,24 +111,25 @@ class HeldOutLosses:
         _loader(evaluation, "HeldOutLosses()")
         distiller = evaluation.distiller
         terms = distiller.loss.terms
-        sums = torch.zeros(2, len(terms), dtype=torch.float64)
+        sums = torch.zeros(3, len(terms), dtype=torch.float64)
         for batch, counts in evaluation.share():
             parts = distiller(batch, step=evaluation.step).parts
             if counts:
-                weights = distiller.counts(batch)
-                weight = torch.stack([weights[name].double().cpu() for name in terms])
+                positions = _positions(distiller, batch)
+                weight = torch.tensor([positions.get(name, 1.0) for name in terms], dtype=torch.float64)
                 value = torch.stack([parts[name] for name in terms]).double().cpu()
                 # A part without a valid position is 0, and would still spoil the sum if it were not finite.
-                sums += torch.stack([torch.where(weight > 0, weight * value, 0.0), weight])
-        values, weights = evaluation.summed(sums)
-        if not bool((weights > 0).any()):
+                sums[0] += torch.where(weight > 0, weight * value, 0.0)
+                sums[1] += weight
+                sums[2] += 1
+        values, weights, batches = evaluation.summed(sums)
+        if not bool(batches.any()):
             raise _no_batch(evaluation)
-        means = dict(zip(terms, (values / weights.clamp_min(1e-300)).tolist(), strict=True))
-        total = sum(at_step("weight", term.weight, evaluation.step) * means[name] for name, term in terms.items())
-        return {
-            f"{self.prefix}loss": total,
-            **{f"{self.prefix}loss/{name}": mean for name, mean in means.items()},
-        }
+        is_sum = torch.tensor([term.loss_args.get("reduction", "mean") != "mean" for term in terms.values()])
+        means = (values / torch.where(is_sum, 1.0, weights.clamp_min(1e-300))).tolist()
+        by_name = dict(zip(terms, means, strict=True))
+        total = sum(at_step("weight", term.weight, evaluation.step) * by_name[name] for name, term in terms.items())
+        return {f"{self.prefix}loss": total, **{f"{self.prefix}loss/{name}": mean for name, mean in by_name.items()}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +217,14 @@ class _Cka:
 
 
 _KINDS: dict[str, type[_Agreement] | type[_Cka]] = {"logits": _Agreement, "features": _Cka}
+
+
+def _positions(distiller: Distiller, batch: Any) -> dict[str, float]:
+    """For each match that is a mean, how much the batch counts."""
+    try:
+        return {name: float(count) for name, count in distiller.counts(batch).items()}
+    except MatchError:  # a mask that only a forward knows
+        return dict.fromkeys(distiller.loss.terms, float(max(1, rows_of(batch))))
 
 
 def _is_measured(term: Match) -> bool:

@@ -489,7 +489,8 @@ class Run:
         settings = self.settings
         if not self.history[-1].beats(self.best, metric, higher=settings.higher_is_better):
             self.waited += 1
-            self.stopped_early = settings.patience is not None and self.waited >= settings.patience
+            worn_out = settings.patience is not None and self.waited >= settings.patience
+            self.stopped_early = worn_out and self.step < self.total
             return
         self.best, self.waited = self.history[-1], 0
         self._save_student("best")
