@@ -105,22 +105,30 @@ def checkpointing(student: nn.Module, wanted: bool) -> Iterator[None]:
         TrainerError: the student has none.
     """
     model: Any = unwrap(student)
-    if not wanted or getattr(model, "is_gradient_checkpointing", False):
+    if not wanted or any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         yield
         return
-    if not callable(getattr(model, "gradient_checkpointing_enable", None)):
+    # transformers has renamed the method, and its arguments with it.
+    kind = next((each for each in ("activation", "gradient") if hasattr(model, f"{each}_checkpointing_enable")), None)
+    if kind is None:
         raise TrainerError(
             f"gradient_checkpointing=True is for models of transformers, and {type(model).__name__} has no "
             "gradient_checkpointing_enable(). Wrap parts of it in torch.utils.checkpoint.checkpoint(…, use_reentrant=False)"
         )
+    hooks = {id(module): {*module._forward_hooks} for module in model.modules()}
     try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
     except ValueError as error:
         raise TrainerError(f"gradient_checkpointing=True: {error}") from error
+    placed = [
+        (module, number) for module in model.modules() for number in module._forward_hooks if number not in hooks[id(module)]
+    ]
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{kind}_checkpointing_disable")()
+        for module, number in placed:  # one that lets embeddings require gradients stays on otherwise
+            module._forward_hooks.pop(number, None)
 
 
 @contextlib.contextmanager
