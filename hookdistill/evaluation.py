@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 ADAPTERS = "adapters.safetensors"
+LOSS_MODULES = "loss_modules.safetensors"
 _END: Any = object()
 
 
@@ -153,7 +154,9 @@ def measure(evaluators: Sequence[Evaluator], evaluation: Evaluation) -> Measurem
 
 
 def save(distiller: Distiller, path: str | os.PathLike[str], *, first: bool = True, replace: bool = False) -> None:
-    """Write the student to the folder ``path``, and beside it the adapters, where they have a state, as `ADAPTERS`.
+    """Write the student to the folder ``path``, and beside it, where they have a state, adapters and modules of losses.
+
+    They are `ADAPTERS` and `LOSS_MODULES`.
 
     Args:
         first: whether this process writes; for a sharded student every process calls this all the same.
@@ -162,22 +165,27 @@ def save(distiller: Distiller, path: str | os.PathLike[str], *, first: bool = Tr
     Raises:
         ExportError: the disk is full, or the folder cannot be written.
     """
-    adapters = whole_state(distiller.adapters)
+    beside = {ADAPTERS: whole_state(distiller.adapters), LOSS_MODULES: whole_state(distiller.loss.loss_modules)}
+
+    def write_beside(folder: Path) -> None:
+        for name, weights in beside.items():
+            if weights:
+                write_weights(weights, folder / name)
+
     if not replace:
         if first or is_sharded(distiller.student):
             save_student(distiller.student, path)
-        if first and adapters:
+        if first:
             with writing(path):
-                write_into(path, lambda folder: write_weights(adapters, folder / ADAPTERS))
-        elif first:
-            (Path(path) / ADAPTERS).unlink(missing_ok=True)  # those of an earlier run do not belong to this student
+                write_into(path, write_beside)
+                for name in [name for name, weights in beside.items() if not weights]:
+                    (Path(path) / name).unlink(missing_ok=True)  # those of an earlier run do not belong to this student
         return
     state = whole_state(distiller.student) if is_sharded(distiller.student) else None
 
     def write(folder: Path) -> None:
         write_student(distiller.student, folder, state)
-        if adapters:
-            write_weights(adapters, folder / ADAPTERS)
+        write_beside(folder)
 
     if first:
         with writing(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,29 +13,20 @@ from torch.optim import Optimizer
 from ..batches import named_items, positional_items
 from ..distiller import Distiller
 from ..errors import BatchError, TrainerError, listing
-from .meters import Where, is_finite, readable
+from .meters import Values, Where
 
 
-def not_finite(
-    where: Where,
-    values: Mapping[str, float],
-    names: Sequence[str],
-    *,
-    batches: Sequence[Any] = (),
-    taken: bool,
-    gradients: bool,
-) -> TrainerError:
+def not_finite(where: Where, values: Values, *, batches: Sequence[Any] = (), taken: bool, gradients: bool) -> TrainerError:
     """A loss or gradient is NaN or infinite.
 
     Args:
         where: the first step in which one was.
         values: the losses of that step.
-        names: of the matches.
         batches: of that step, where they are still there.
         taken: whether the optimizer has made that step.
         gradients: whether it is the gradient although the losses are finite.
     """
-    broken = [name for name in names if not is_finite({name: values[name]})]
+    broken = [name for name, value in values.parts.items() if not math.isfinite(value)]
     culprit = (
         f"the match {broken[0]!r} is" if len(broken) == 1 else f"the matches {listing(broken)} are" if broken else "the loss is"
     )
@@ -47,17 +39,17 @@ def not_finite(
         else "The student is as it was before that step"
     )
     return TrainerError(
-        f"{found} at {where}: {readable(values)}.{cause} {state}, and nothing was saved since. A lower lr, clip_norm=, or "
+        f"{found} at {where}: {values}.{cause} {state}, and nothing was saved since. A lower lr, clip_norm=, or "
         "mixed_precision='no' may help; on_nonfinite='skip' passes over such steps; print(distiller.plan(batch)) shows every "
         "part on one batch"
     )
 
 
-def too_many_skipped(count: int, where: Where, values: Mapping[str, float]) -> TrainerError:
+def too_many_skipped(count: int, where: Where, values: Values) -> TrainerError:
     """Step after step is not finite."""
     return TrainerError(
         f"{count} steps in a row were passed over because their loss or gradient was not finite, the last at {where}: "
-        f"{readable(values)}. The student is as it was before them; a lower lr or clip_norm= may help"
+        f"{values}. The student is as it was before them; a lower lr or clip_norm= may help"
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from ..errors import TrainerError
 from ..files import write_text
 from ..journal import LOG, RUN, plain, read_log, version
+from .meters import Values
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -47,6 +48,16 @@ class Log:
         line = json.dumps({"kind": kind, "time": now, **plain(values)})
         with _logging(self.file), self.file.open("a", encoding="utf-8") as stream:
             stream.write(f"{line}\n")
+
+    def step(
+        self, step: int, losses: Values, values: Mapping[str, float], *, groups: Mapping[str, Mapping[str, float]], epoch: int
+    ) -> None:
+        """The line of an optimizer step: losses, single values, and several by name."""
+        named = {f"{kind}_by_name": each for kind, each in groups.items() if each}
+        self.event("step", step=step, epoch=epoch, **losses.as_dict(), **values, **named)
+        flat = {f"{kind}/{name}": value for kind, each in groups.items() for name, value in each.items()}
+        parts = {f"loss/{name}": value for name, value in losses.parts.items()}
+        self.track({"loss": losses.loss, **parts, **values, **flat}, step)
 
     def track(self, values: Mapping[str, float], step: int) -> None:
         """The numbers of a step or an evaluation, for the trackers."""

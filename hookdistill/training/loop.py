@@ -34,7 +34,7 @@ from .gradients import gradient_norm, norms_by_match
 from .interruption import Interruption, exit_code
 from .keeping import BestStudent
 from .log import Log, write_run
-from .meters import Meter, StepLosses, Where, memory, readable
+from .meters import Meter, StepLosses, Where, memory
 from .setup import (
     accelerator_for,
     check_precision,
@@ -280,11 +280,11 @@ class Run:
         self.next_look = time.perf_counter() + _SECONDS_BETWEEN_LOOKS
         if (found := self.meter.not_finite()) is not None and self.settings.on_nonfinite == "error":
             where, losses = found
-            raise not_finite(where, losses, self.meter.names, taken=True, gradients=False)
+            raise not_finite(where, losses, taken=True, gradients=False)
         if not self.bar.disable and self.meter.recent:
             rate = float(self.torch_optimizer.param_groups[0]["lr"])
             speed = self.meter.examples_per_second() * self.accelerator.num_processes
-            self.bar.set_postfix_str(f"{readable(self.meter.shown())}, lr {rate:.3g}, {speed:,.0f} examples/s", refresh=False)
+            self.bar.set_postfix_str(f"{self.meter.shown()}, lr {rate:.3g}, {speed:,.0f} examples/s", refresh=False)
 
     def finish(self) -> TrainResult:
         """Save the last student, and sum up."""
@@ -300,8 +300,8 @@ class Run:
             steps=self.step,
             epochs=self.passes.number,
             seconds=self.seconds,
-            loss=means.get("loss", math.nan),
-            losses={name: value for name, value in means.items() if name != "loss"},
+            loss=means.loss,
+            losses=means.parts,
             history=tuple(self.history),
             best=self.best,
             teacher=self.teacher,
@@ -309,7 +309,7 @@ class Run:
             skipped=self.skipped,
             checkpoint=self.checkpoint,
         )
-        self.log.event("end", step=self.step, seconds=result.seconds, loss=result.loss, losses=result.losses)
+        self.log.event("end", step=self.step, seconds=result.seconds, loss=result.loss, parts=result.losses)
         self._report()
         return result
 
@@ -401,15 +401,15 @@ class Run:
         if not self._somewhere(found is not None or bad_norm):
             self.skipped_in_a_row = 0
             return True
-        losses = found[1] if found is not None else self.meter.named(self.meter.recent[-1].tolist())
+        losses = found[1] if found is not None else self.meter.named(self.meter.recent[-1])
         if not skip:
-            error = not_finite(where, losses, self.meter.names, batches=group, taken=False, gradients=found is None)
+            error = not_finite(where, losses, batches=group, taken=False, gradients=found is None)
             self.model.zero_grad()
             raise error
         self.meter.drop_last()
         self.skipped += 1
         self.skipped_in_a_row += 1
-        self.log.event("skipped", step=where.step, epoch=where.number, batches=[where.first, where.last], losses=losses)
+        self.log.event("skipped", step=where.step, epoch=where.number, batches=[where.first, where.last], **losses.as_dict())
         if self.skipped_in_a_row >= _SKIPS_IN_A_ROW:
             raise too_many_skipped(self.skipped_in_a_row, where, losses)
         return False
@@ -426,21 +426,25 @@ class Run:
 
     def _look_and_log(self, norm: Tensor | None) -> None:
         if self._is_logged(self.step):
+            losses, speed = self.meter.logged(self.accelerator)
             groups = self.torch_optimizer.param_groups
-            rates = {f"lr/{group.get('name', number)}": float(group["lr"]) for number, group in enumerate(groups)}
-            values = {
-                **self.meter.logged(self.accelerator),
-                "lr": float(groups[0]["lr"]),
-                **(rates if len(set(rates.values())) > 1 else {}),
-                **({} if norm is None else {"gradient_norm": float(norm)}),
-                **memory(self.accelerator.device),
-                **{
-                    f"balance/{name}": float(factor)
-                    for name, factor in (self.balance.factors() if self.balance else {}).items()
+            rates = {str(group.get("name", number)): float(group["lr"]) for number, group in enumerate(groups)}
+            factors = self.balance.factors() if self.balance is not None else {}
+            self.log.step(
+                self.step,
+                losses,
+                {
+                    "lr": float(groups[0]["lr"]),
+                    **({} if norm is None else {"gradient_norm": float(norm)}),
+                    **speed,
+                    **memory(self.accelerator.device),
                 },
-            }
-            self.log.event("step", step=self.step, epoch=self.passes.number, **values)
-            self.log.track(values, self.step)
+                groups={
+                    "lr": rates if len(set(rates.values())) > 1 else {},
+                    "balance": {name: float(factor) for name, factor in factors.items()},
+                },
+                epoch=self.passes.number,
+            )
         if time.perf_counter() >= self.next_look:
             self.look()
 

@@ -35,6 +35,21 @@ class Where:
         return f"step {self.step}, {batches} of pass {self.number}"
 
 
+@dataclass(frozen=True, slots=True)
+class Values:
+    """A total, and its parts by name."""
+
+    loss: float
+    parts: dict[str, float]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.4g}" for name, value in [("loss", self.loss), *self.parts.items()])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a line of the log."""
+        return {"loss": self.loss, "parts": self.parts}
+
+
 class Meter:
     """The losses of the steps since somebody looked, and of the last `RECENT` ones."""
 
@@ -54,7 +69,7 @@ class Meter:
         self.rows += rows
         self.rows_shown += rows
 
-    def not_finite(self) -> tuple[Where, dict[str, float]] | None:
+    def not_finite(self) -> tuple[Where, Values] | None:
         """The first step since the last look whose losses are not all finite, and these; waits for the device."""
         unchecked, self.unchecked = self.unchecked, []
         if not unchecked:
@@ -64,16 +79,16 @@ class Meter:
         if all(finite):
             return None
         first = finite.index(False)
-        return unchecked[first][0], self.named(values[first].tolist())
+        return unchecked[first][0], self.named(values[first])
 
     def drop_last(self) -> None:
         """Forget the last step, which was not taken."""
         self.recent.pop()
         self.unlogged.pop()
 
-    def shown(self) -> dict[str, float]:
-        """``loss`` and parts of this process, as means over the last steps; waits for the device."""
-        return self.named(torch.stack(list(self.recent)).mean(0).tolist()) if self.recent else {}
+    def shown(self) -> Values:
+        """Means over the last steps of this process; waits for the device."""
+        return self.named(torch.stack(list(self.recent)).mean(0))
 
     def examples_per_second(self) -> float:
         """Of this process, since this was last asked."""
@@ -81,28 +96,31 @@ class Meter:
         seconds, self.shown_at, self.rows_shown = max(now - self.shown_at, 1e-9), now, 0
         return rows / seconds
 
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """The same over all processes; every one has to ask."""
+    def means(self, accelerator: Accelerator) -> Values:
+        """Means over the last steps of all processes; every one has to ask. NaN where there was no step."""
         if not self.recent:
-            return {}
-        means = torch.stack(list(self.recent)).mean(0)
-        return self.named(_mean(means, accelerator).tolist())
+            return Values(math.nan, {})
+        return self.named(_mean(torch.stack(list(self.recent)).mean(0), accelerator))
 
-    def logged(self, accelerator: Accelerator) -> dict[str, float]:
-        """``loss``, parts and examples per second over all processes since this was last asked; every one has to ask."""
+    def logged(self, accelerator: Accelerator) -> tuple[Values, dict[str, float]]:
+        """Means and speed over all processes since this was last asked; every one has to ask."""
         now = time.perf_counter()
         seconds, rows = max(now - self.since, 1e-9), self.rows
         self.since, self.rows = now, 0
         unlogged, self.unlogged = self.unlogged, []
         if not unlogged:
-            return {}
+            return Values(math.nan, {}), {}
         rate = torch.tensor([rows / seconds * accelerator.num_processes], device=unlogged[0].device)
-        *means, rate = _mean(torch.cat([torch.stack(unlogged).mean(0), rate]), accelerator).tolist()
-        return {**self.named(means), "examples_per_second": rate, "steps_per_second": len(unlogged) / seconds}
+        means = _mean(torch.cat([torch.stack(unlogged).mean(0), rate]), accelerator)
+        return self.named(means[:-1]), {
+            "examples_per_second": round(float(means[-1]), 3),
+            "steps_per_second": round(len(unlogged) / seconds, 3),
+        }
 
-    def named(self, values: Sequence[float]) -> dict[str, float]:
-        """``loss`` and the parts by name."""
-        return dict(zip(["loss", *self.names], values, strict=True))
+    def named(self, values: Tensor) -> Values:
+        """A row of values by name."""
+        loss, *parts = values.tolist()
+        return Values(loss, dict(zip(self.names, parts, strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the last steps, so that a resumed run ends with the same means."""
@@ -150,16 +168,6 @@ def memory(device: torch.device) -> dict[str, float]:
     import sys
 
     return {"memory_mib": round(kilobytes / (2**20 if sys.platform == "darwin" else 2**10), 1)}
-
-
-def readable(values: Mapping[str, float]) -> str:
-    """Losses on one line."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-
-
-def is_finite(values: Mapping[str, float]) -> bool:
-    """Whether all of them are."""
-    return all(math.isfinite(value) for value in values.values())
 
 
 def _mean(values: Tensor, accelerator: Accelerator) -> Tensor:

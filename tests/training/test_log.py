@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 import hookdistill
-from hookdistill import StudentMetric, Trainer
+from hookdistill import Match, StudentMetric, Trainer
 from hookdistill.journal import read_log, read_run
 from runs import DATA, HIDDEN, LOGITS, constant, distiller, loader, trainer
 
@@ -51,10 +51,10 @@ def test_every_part_rate_norm_and_speed_is_logged(tmp_path):
     steps = lines(tmp_path, "step")
     assert [line["step"] for line in steps] == [4, 8, 12]
     for line in steps:
-        assert {"loss", "logits", "hidden", "lr", "gradient_norm", "memory_mib", "epoch", "time"} <= set(line)
+        assert {"loss", "parts", "lr", "gradient_norm", "memory_mib", "epoch", "time"} <= set(line)
         assert line["examples_per_second"] > 0
         assert line["steps_per_second"] > 0
-        assert line["loss"] == pytest.approx(line["logits"] + line["hidden"], rel=1e-5)
+        assert line["loss"] == pytest.approx(line["parts"]["logits"] + line["parts"]["hidden"], rel=1e-5)
 
 
 def test_values_are_means_over_the_steps_since_the_last_line(tmp_path):
@@ -63,7 +63,9 @@ def test_values_are_means_over_the_steps_since_the_last_line(tmp_path):
     with torch.no_grad():
         expected = [float(F.mse_loss(made.student(x), made.teacher(x))) for x in batches]
     trainer(made, output_dir=tmp_path, log_every=3, optimizer=lambda p: SGD(p, lr=0.0), report=False).train()
-    assert [line["logits"] for line in lines(tmp_path, "step")] == pytest.approx([sum(expected[:3]) / 3, sum(expected[3:]) / 3])
+    assert [line["parts"]["logits"] for line in lines(tmp_path, "step")] == pytest.approx(
+        [sum(expected[:3]) / 3, sum(expected[3:]) / 3]
+    )
 
 
 def test_the_norm_is_that_of_the_whole_gradient_and_does_not_change_it(tmp_path):
@@ -86,7 +88,7 @@ def test_events_are_in_order(tmp_path):
     assert kinds == ["start", "evaluation", "step", "step", "evaluation", "checkpoint", "end"]
     assert lines(tmp_path, "evaluation")[0]["metrics"].keys() == {"eval/loss", "eval/loss/logits"}
     end = lines(tmp_path, "end")[0]
-    assert end["seconds"] > 0 and end["losses"].keys() == {"logits"}
+    assert end["seconds"] > 0 and end["parts"].keys() == {"logits"}
 
 
 def test_numbers_that_json_does_not_know_come_back(tmp_path):
@@ -145,7 +147,7 @@ def test_trackers_get_config_parts_and_metrics():
     assert kept.config["seed"] == 1
     steps = [(step, values) for step, values in kept.logged if "loss" in values]
     assert [step for step, _ in steps] == [2, 4, 6]
-    assert {"logits", "hidden", "lr", "gradient_norm", "examples_per_second", "memory_mib"} <= set(steps[0][1])
+    assert {"loss/logits", "loss/hidden", "lr", "gradient_norm", "examples_per_second", "memory_mib"} <= set(steps[0][1])
     assert [step for step, values in kept.logged if "eval/loss" in values] == [0, 6]
     assert kept.finished == 1
 
@@ -180,3 +182,12 @@ def test_the_bar_shows_losses_and_rate(capsys):
 def test_no_bar_without_progress(capsys):
     trainer(distiller()).train()
     assert capsys.readouterr().err == ""
+
+
+def test_a_match_may_be_called_loss(tmp_path):
+    result = trainer(
+        distiller(Match("2", "2", name="loss", weight=3.0)), output_dir=tmp_path, log_every=6, report=False
+    ).train()
+    (line,) = lines(tmp_path, "step")
+    assert line["loss"] == pytest.approx(3 * line["parts"]["loss"])
+    assert result.loss == pytest.approx(3 * result.losses["loss"])
