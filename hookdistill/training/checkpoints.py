@@ -16,6 +16,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..export import writing
 from ..files import recover, remove_folder, write_folder
+from .states import read_state
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -119,6 +120,25 @@ def find_checkpoint(root: Path | None, resume: bool | str | Path) -> Path | None
             "remove them or train(resume=False)"
         )
     return found
+
+
+def make_way(root: Path | None) -> None:
+    """Remove the checkpoints of an earlier run, where a new one begins in its folder.
+
+    Raises:
+        CheckpointError: the earlier run has not come to its end.
+    """
+    found = checkpoints(root) if root is not None else []
+    if not found:
+        return
+    assert root is not None
+    if damage(found[0]) is not None or not read_state(found[0], "run")["progress"]["done"]:
+        raise CheckpointError(
+            f"{str(root)!r} has a checkpoint of step {step_of(found[0])} of a run that has not come to its end. Go on with it "
+            "by train(resume=True); or name another output_dir, or remove that folder, to begin a new run"
+        )
+    for path in found:
+        remove_folder(path)
 
 
 def tidy(root: Path | None) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation import Evaluation
 from .faults import teachers_of
-from .log import Log, machine, versions
+from .log import machine, versions
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -47,18 +46,3 @@ def _described(model: Any) -> dict[str, Any]:
         "parameters": sum(each.numel() for each in parameters),
         "trained": sum(each.numel() for each in parameters if each.requires_grad),
     }
-
-
-def of_teacher(evaluators: Any, evaluation: Evaluation, log: Log) -> dict[str, float]:
-    """What the evaluators measure of the teacher; one that cannot says so in the log, for nothing is trained by it."""
-    found: dict[str, float] = {}
-    for evaluator in evaluators:
-        if not callable(of_teacher := getattr(evaluator, "of_teacher", None)):
-            continue
-        try:
-            found |= {name: float(value) for name, value in of_teacher(evaluation).items()}
-        except Exception as error:
-            log.event(
-                "note", step=0, note=f"{evaluator!r:.80} could not be measured on the teacher: {type(error).__name__}: {error}"
-            )
-    return found

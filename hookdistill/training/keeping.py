@@ -1,4 +1,4 @@
-"""The best student, kept as it was so that the training can end with it."""
+"""Students that are kept: the last one and the best one on the disk, and the weights to end with."""
 
 from __future__ import annotations
 
@@ -7,36 +7,70 @@ from typing import TYPE_CHECKING, Any
 
 from ..distiller import Distiller
 from ..errors import CheckpointError
+from ..evaluation import save
 from ..export import writing
 from ..files import write_folder
-from ..sharding import like, whole_state
+from ..sharding import is_sharded, like, whole_state
+from .processes import first_process
 from .states import read_state, write_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_NAME = "best-state"
+_BEST_STATE = "best-state"
 
 
-class BestStudent:
-    """The weights of student and adapters at the best evaluation: on the disk where there is a place, else in memory."""
+class Students:
+    """Saves students in the output folder, where there is one; every process calls every method.
 
-    def __init__(self, folder: Path | None, accelerator: Accelerator) -> None:
-        self.folder, self.accelerator = folder, accelerator
-        self.state: dict[str, Any] | None = None
+    Args:
+        load_best_at_end: keep the best weights of student and adapters besides: on the disk where there is a place, else in
+            memory.
+    """
 
-    def keep(self, distiller: Distiller) -> None:
-        """This one is the best so far; every process calls this."""
-        state = whole_state(distiller)
+    def __init__(self, distiller: Distiller, folder: Path | None, accelerator: Accelerator, *, load_best_at_end: bool) -> None:
+        self.distiller, self.folder, self.accelerator = distiller, folder, accelerator
+        self.load_best_at_end = load_best_at_end
+        self.best_state = None if folder is None else folder / "checkpoints" / _BEST_STATE
+        self._in_memory: dict[str, Any] | None = None
+
+    def save(self, name: str) -> None:
+        """Write the student as it is to the folder ``name``.
+
+        Raises:
+            ExportError: the disk is full, or the folder cannot be written.
+        """
         if self.folder is None:
-            self.state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
-        elif self.accelerator.is_main_process:
-            with writing(self.folder / _NAME, CheckpointError):
-                write_folder(self.folder / _NAME, lambda folder: write_state(state, folder, "model"))
+            return
+        folder = self.folder / name
+        if is_sharded(self.distiller):
+            save(self.distiller, folder, first=self.accelerator.is_main_process, replace=True)
+        else:
+            first_process(self.accelerator, lambda: save(self.distiller, folder, replace=True))
 
-    def load(self, distiller: Distiller) -> None:
-        """Put the weights back; every process calls this."""
-        state = self.state if self.folder is None else read_state(self.folder / _NAME, "model")
+    def save_best(self) -> None:
+        """This one is the best so far."""
+        self.save("best")
+        if not self.load_best_at_end:
+            return
+        state, place = whole_state(self.distiller), self.best_state
+        if place is None:
+            self._in_memory = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+            return
+
+        def write() -> None:
+            with writing(place, CheckpointError):
+                write_folder(place, lambda folder: write_state(state, folder, "model"))
+
+        first_process(self.accelerator, write)
+
+    def load_best(self) -> None:
+        """Give student and adapters the best weights, if that was asked for and there are any."""
+        if not self.load_best_at_end:
+            return
+        state = self._in_memory
+        if self.best_state is not None and self.best_state.is_dir():
+            state = read_state(self.best_state, "model")
         if state is not None:
-            own = distiller.state_dict()
-            distiller.load_state_dict({name: like(tensor, own[name]) for name, tensor in state.items()})
+            own = self.distiller.state_dict()
+            self.distiller.load_state_dict({name: like(tensor, own[name]) for name, tensor in state.items()})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
 import sys
@@ -17,24 +16,23 @@ from torch import Tensor
 
 from ..balancing import balance_for
 from ..ema import average_for, teaches
-from ..errors import CheckpointError, HookDistillError, TrainerError, TrainerInterrupted
-from ..evaluation import Evaluation, Measurement, OnDevice, measure, save
-from ..evaluators import HeldOutLosses
+from ..errors import BatchError, MatchError, TrainerError, TrainerInterrupted
 from ..loading import Passes, rows_of
 from ..optimization import make_optimizer, make_scheduler
 from ..randomness import set_random_state, set_seed
-from ..running import undisturbed
-from ..sharding import average_plain_gradients, is_sharded, reshard
+from ..sharding import average_plain_gradients, is_sharded
 from . import resume as states
 from .agreement import Agreement, weighted
-from .checkpoints import checkpoint_path, find_checkpoint, save_checkpoint, tidy
-from .describe import describe, of_teacher
+from .checkpoints import find_checkpoint, make_way, save_checkpoint, tidy
+from .describe import describe
 from .faults import not_finite, out_of_memory, teachers_of, too_many_skipped
 from .gradients import gradient_norm, norms_by_match
 from .interruption import Interruption, exit_code
-from .keeping import BestStudent
+from .keeping import Students
 from .log import Log, write_run
+from .measuring import Measuring
 from .meters import Meter, StepLosses, Where, memory
+from .processes import first_process, in_any_process
 from .setup import (
     accelerator_for,
     check_precision,
@@ -86,12 +84,11 @@ class Run:
         self.started, self.earlier_seconds = time.perf_counter(), 0.0
         self.folder = Path(settings.output_dir) if settings.output_dir is not None else None
         self.checkpoints = None if self.folder is None else self.folder / "checkpoints"
-        checkpoint = self._checkpoint(resume)
+        checkpoint = first_process(accelerator, lambda: self._checkpoint(resume))
         if settings.seed is not None:
             set_seed(settings.seed + accelerator.process_index)
         place(settings.distiller, accelerator.device, settings.teacher_device)
         self.passes = Passes(settings.train_loader, accelerator)
-        self.eval_loader = None if settings.eval_loader is None else OnDevice(settings.eval_loader, accelerator.device)
         self.accumulate: int = accelerator.gradient_accumulation_steps
         self.total = self._total_steps()
         position = None if checkpoint is None else states.read_position(checkpoint, accelerator)
@@ -121,32 +118,31 @@ class Run:
         self.sharded_by_user = is_sharded(distiller)
         self.model, self.optimizer = prepare(distiller, self.torch_optimizer, accelerator, first)
         self.average = average_for(settings.ema, distiller.student)
-        self.averages_teach = teaches(settings.ema, teachers_of(distiller))
         self.balance = balance_for(settings.balance)
         self.agreement = Agreement(distiller, accelerator)
 
     def _begin_counting(self) -> None:
-        settings = self.settings
-        self.step = self.skipped = self.skipped_in_a_row = self.waited = 0
-        self.history: list[Measurement] = []
-        self.best: Measurement | None = None
-        self.teacher: dict[str, float] = {}
-        self.stopped_early = self.stopping = False
+        settings, accelerator = self.settings, self.accelerator
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.stopping = False
         self.saved_at: int | None = None
         self.checkpoint: Path | None = None
+        self.log = Log(self.folder, accelerator)
         self.meter = Meter(list(settings.distiller.loss.terms))
-        self.best_student = BestStudent(self.checkpoints, self.accelerator) if settings.load_best_at_end else None
-        self.bar = _bar(self.total, settings.progress and self.accelerator.is_local_main_process)
+        self.students = Students(settings.distiller, self.folder, accelerator, load_best_at_end=settings.load_best_at_end)
+        shown = None if teaches(settings.ema, teachers_of(settings.distiller)) else self.average
+        self.measuring = Measuring(settings, accelerator, self.students, shown, self.log)
+        self.bar = _bar(self.total, settings.progress and accelerator.is_local_main_process)
         self.next_look = time.perf_counter() + _SECONDS_BETWEEN_LOOKS
 
     @property
     def done(self) -> bool:
         """Whether there is no step left."""
-        return self.step >= self.total or self.stopped_early
+        return self.step >= self.total or self.measuring.patience_is_over
 
     def to_the_end(self) -> TrainResult:
         """Every pass, and what is done before, between and after."""
-        if not self.history:
+        if not self.measuring.history:
             self.evaluate()
         if self.passes.over:
             self.after_pass()  # a run that is taken up again was cut off between a pass and what comes after it
@@ -165,25 +161,18 @@ class Run:
         if not agreed.shares:
             return False
         where = Where(self.step + 1, self.passes.number, self.passes.taken - len(group) + 1, self.passes.taken)
-        try:
+        with self._errors_say(where, group):
             values, rows = self._gradients(group, agreed.shares)
-        except HookDistillError as error:
-            error.add_note(f"raised at {where}")
-            raise
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(
-                error, where, rows_of(group[0]) if group else 0, self.settings.distiller, self.optimizer
-            ) from error
-        self.meter.add(where, values, rows)
-        norm = self._norm()
-        if self._is_taken(where, norm, group):
-            self.optimizer.step()
-            if not self.optimizer.step_was_skipped:  # as it is when fp16 overflows
-                self.scheduler.step()
-            if self.average is not None:
-                self.average.update(self.settings.distiller.student, self.step)
-            self._rebalance(group, values)
-        self.model.zero_grad()
+            self.meter.add(where, values, rows)
+            norm = self._norm()
+            if self._is_taken(where, norm, group):
+                self.optimizer.step()
+                if not self.optimizer.step_was_skipped:  # as it is when fp16 overflows
+                    self.scheduler.step()
+                if self.average is not None:
+                    self.average.update(self.settings.distiller.student, self.step)
+                self._rebalance(values)
+            self.model.zero_grad()
         self.step += 1
         self.stopping = agreed.stop
         self.bar.update()
@@ -195,7 +184,7 @@ class Run:
         settings = self.settings
         if self._is_due(settings.evaluate_every) and self.step < self.total:
             self.evaluate()
-        if self._is_due(settings.save_every) and self.step < self.total and not self.stopped_early:
+        if self._is_due(settings.save_every) and not self.done:
             self.save_checkpoint()
         if self.stopping or (self.interruption.received is not None and self.accelerator.num_processes == 1):
             self.interrupt()
@@ -218,25 +207,11 @@ class Run:
             self.save_checkpoint()
 
     def evaluate(self) -> None:
-        """Call the evaluators, once for a step, and save the student if it is the best so far."""
-        settings = self.settings
-        evaluators = settings.evaluators or ((HeldOutLosses(),) if settings.eval_loader is not None else ())
-        if not evaluators or (self.history and self.history[-1].step == self.step):
-            return
-        self.look()
-        with self._evaluated_student(), undisturbed(settings.distiller):
-            if self.accelerator.num_processes > 1:
-                set_seed(self.step)  # so that all processes draw the same order of examples
-            evaluation = self._evaluation()
-            if not self.history:
-                self.teacher = of_teacher(evaluators, evaluation, self.log)
-            self.history.append(measure(evaluators, evaluation))
-            self.log.event("evaluation", step=self.step, epoch=self.passes.number, metrics=self.history[-1].metrics)
-            self.log.track(self.history[-1].metrics, self.step)
-            if settings.best is not None:
-                self._keep_best(settings.best)
-            reshard(settings.distiller)
-        self.meter.since = time.perf_counter()
+        """Call the evaluators, once for a step."""
+        if self.measuring.is_due(self.step):
+            self.look()
+            self.measuring.measure(self.step, self.passes.number if self.step else 0)
+            self.meter.since = time.perf_counter()
 
     def save_checkpoint(self, position: Mapping[str, Any] | None = None) -> None:
         """Save everything that is needed to go on from here, once for a step."""
@@ -246,10 +221,11 @@ class Run:
         self.look()
         collected = states.collect(self, self.passes.state() if position is None else position)
         keep_last = self.settings.keep_last
-        self._first_process(
-            lambda: save_checkpoint(root, self.step, lambda folder: states.write(collected, folder), keep_last=keep_last)
+        self.checkpoint = first_process(
+            self.accelerator,
+            lambda: save_checkpoint(root, self.step, lambda folder: states.write(collected, folder), keep_last=keep_last),
         )
-        self.checkpoint, self.saved_at = checkpoint_path(root, self.step), self.step
+        self.saved_at = self.step
         self.log.event("checkpoint", step=self.step, path=str(self.checkpoint))
 
     def interrupt(self, position: Mapping[str, Any] | None = None) -> None:
@@ -288,24 +264,23 @@ class Run:
 
     def finish(self) -> TrainResult:
         """Save the last student, and sum up."""
-        distiller = self.settings.distiller
         self.look()
-        means = self.meter.means(self.accelerator)
-        if self.average is not None and not self.averages_teach:
-            self.average.swap(distiller.student)
-        if self.best_student is not None and self.best is not None:
-            self.best_student.load(distiller)
-        self._save_student("last")
+        means, measured = self.meter.means(self.accelerator), self.measuring
+        if measured.average is not None:
+            measured.average.swap(self.settings.distiller.student)
+        if measured.best is not None:
+            self.students.load_best()
+        self.students.save("last")
         result = TrainResult(
             steps=self.step,
             epochs=self.passes.number,
             seconds=self.seconds,
             loss=means.loss,
             losses=means.parts,
-            history=tuple(self.history),
-            best=self.best,
-            teacher=self.teacher,
-            stopped_early=self.stopped_early,
+            history=tuple(measured.history),
+            best=measured.best,
+            teacher=measured.teacher,
+            stopped_early=self.step < self.total,
             skipped=self.skipped,
             checkpoint=self.checkpoint,
         )
@@ -328,30 +303,25 @@ class Run:
         """How far the run has come, for a checkpoint."""
         return {
             "step": self.step,
+            "done": self.done,
             "seconds": self.seconds,
-            "history": [dataclasses.asdict(each) for each in self.history],
-            "best": None if self.best is None else dataclasses.asdict(self.best),
-            "teacher": dict(self.teacher),
-            "waited": self.waited,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "stopped_early": self.stopped_early,
+            "measuring": self.measuring.state_dict(),
             "meter": self.meter.state_dict(),
             "balance": None if self.balance is None else self.balance.state_dict(),
         }
 
-    def take_progress(self, state: Mapping[str, Any]) -> None:
+    def take_progress(self, state: Mapping[str, Any], checkpoint: Path) -> None:
         """The inverse of `progress`."""
         self.step, self.earlier_seconds = state["step"], state["seconds"]
-        self.history = [Measurement(**each) for each in state["history"]]
-        self.best = None if state["best"] is None else Measurement(**state["best"])
-        self.teacher = dict(state["teacher"])
-        self.waited, self.skipped, self.skipped_in_a_row = state["waited"], state["skipped"], state["skipped_in_a_row"]
-        self.stopped_early, self.saved_at = state["stopped_early"], self.step
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.saved_at, self.checkpoint = self.step, checkpoint
+        self.measuring.load_state_dict(state["measuring"])
         self.meter.load_state_dict(state["meter"], self.accelerator.device)
         if self.balance is not None:
             self.balance.load_state_dict(state["balance"])
-        self.bar.update(self.step)
+        self.bar.n = self.bar.initial = self.step
 
     def _gradients(self, group: list[Any], shares: Sequence[Mapping[str, float] | None]) -> tuple[Tensor, int]:
         """Forward and backward of the batches of a step: the losses, and the number of examples."""
@@ -398,7 +368,7 @@ class Run:
         found = self.meter.not_finite()
         # With fp16 a gradient that overflows is the scaler's business: it makes no step and tries a smaller scale.
         bad_norm = norm is not None and self.accelerator.scaler is None and not bool(norm.isfinite())
-        if not self._somewhere(found is not None or bad_norm):
+        if not in_any_process(self.accelerator, found is not None or bad_norm):
             self.skipped_in_a_row = 0
             return True
         losses = found[1] if found is not None else self.meter.named(self.meter.recent[-1])
@@ -414,7 +384,7 @@ class Run:
             raise too_many_skipped(self.skipped_in_a_row, where, losses)
         return False
 
-    def _rebalance(self, group: list[Any], values: Tensor) -> None:
+    def _rebalance(self, values: Tensor) -> None:
         """Show the balance what it goes by."""
         if self.balance is None:
             return
@@ -457,96 +427,31 @@ class Run:
                 self.interrupt(before)
             raise
 
+    @contextlib.contextmanager
+    def _errors_say(self, where: Where, group: list[Any]) -> Iterator[None]:
+        try:
+            yield
+        except (BatchError, MatchError) as error:
+            error.add_note(f"raised at {where}")
+            raise
+        except torch.OutOfMemoryError as error:
+            rows = rows_of(group[0]) if group else 0
+            raise out_of_memory(error, where, rows, self.settings.distiller, self.optimizer) from error
+
     def _is_due(self, when: Any) -> bool:
         return isinstance(when, int) and self.step % when == 0
 
     def _is_logged(self, step: int) -> bool:
         return step % self.settings.log_every == 0 or step == self.total
 
-    def _somewhere(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum"))
-
-    def _first_process(self, act: Any) -> None:
-        """Let the first process do something that may fail, and all fail if it does.
-
-        Raises:
-            HookDistillError: it failed.
-        """
-        error: HookDistillError | None = None
-        if self.accelerator.is_main_process:
-            try:
-                act()
-            except HookDistillError as problem:
-                error = problem
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            told = broadcast_object_list([None if error is None else str(error)])[0]
-            error = error or (None if told is None else CheckpointError(told))
-        if error is not None:
-            raise error
-
-    def _keep_best(self, metric: str) -> None:
-        settings = self.settings
-        if not self.history[-1].beats(self.best, metric, higher=settings.higher_is_better):
-            self.waited += 1
-            worn_out = settings.patience is not None and self.waited >= settings.patience
-            self.stopped_early = worn_out and self.step < self.total
-            return
-        self.best, self.waited = self.history[-1], 0
-        self._save_student("best")
-        if self.best_student is not None:
-            self.best_student.keep(settings.distiller)
-
-    @contextlib.contextmanager
-    def _evaluated_student(self) -> Iterator[None]:
-        """The student has its averaged weights inside, if there is an average that is no teacher."""
-        if self.average is None or self.averages_teach:
-            yield
-            return
-        with self.average.in_place_of(self.settings.distiller.student):
-            yield
-
-    def _evaluation(self) -> Evaluation:
-        return Evaluation(
-            student=self.settings.distiller.student,
-            distiller=self.settings.distiller,
-            loader=self.eval_loader,
-            device=self.accelerator.device,
-            accelerator=self.accelerator,
-            step=self.step,
-            epoch=self.passes.number if self.step else 0,
-        )
-
-    def _save_student(self, name: str) -> None:
-        if self.folder is None:
-            return
-        folder, distiller = self.folder / name, self.settings.distiller
-        if is_sharded(distiller):
-            save(distiller, folder, first=self.accelerator.is_main_process, replace=True)
-        else:
-            self._first_process(lambda: save(distiller, folder, replace=True))
-
     def _checkpoint(self, resume: bool | str | Path) -> Path | None:
-        """Which checkpoint all processes go on from, if any, in an output folder that a killed process may have left untidy."""
-        found: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                for folder in (self.folder, self.checkpoints):
-                    tidy(folder)
-                found[0] = find_checkpoint(self.checkpoints, resume)
-            except CheckpointError as error:
-                found[1] = error
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            found = broadcast_object_list(found)
-        if found[1] is not None:
-            raise found[1]
-        return found[0]  # type: ignore[no-any-return]
+        """The checkpoint to go on from, if any, in an output folder that a killed process may have left untidy."""
+        for folder in (self.folder, self.checkpoints):
+            tidy(folder)
+        found = find_checkpoint(self.checkpoints, resume)
+        if resume is False:
+            make_way(self.checkpoints)
+        return found
 
     def _total_steps(self) -> int:
         if self.settings.max_steps is not None:
@@ -557,7 +462,6 @@ class Run:
 
     def _begin_log(self, checkpoint: Path | None) -> None:
         settings = self.settings
-        self.log = Log(self.folder, self.accelerator)
         self.log.start(after=None if checkpoint is None else self.step)
         described = describe(self)
         if settings.trackers:

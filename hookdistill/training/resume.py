@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError
-from ..evaluation import Measurement
 from ..randomness import random_state
 from ..sharding import like, whole
 from .states import check_packable, read_state, write_state
@@ -94,7 +93,7 @@ def restore(run: Run, checkpoint: Path) -> None:
         own = run.average.state_dict()
         state = read_state(checkpoint, "average")
         run.average.load_state_dict({name: like(state[name], tensor) for name, tensor in own.items()})
-    run.take_progress(saved["progress"])
+    run.take_progress(saved["progress"], checkpoint)
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -136,11 +135,6 @@ def check_identity(saved: Mapping[str, Any], own: Mapping[str, Any], checkpoint:
             f"{'; '.join(differences)}. Make the settings alike; or start a new run, from the old student if you like, whose "
             "weights are in output_dir/last and output_dir/best"
         )
-
-
-def measurement_from(state: Mapping[str, Any] | None) -> Measurement | None:
-    """The inverse of `dataclasses.asdict`."""
-    return None if state is None else Measurement(**state)
 
 
 def _load_model(model: nn.Module, state: Mapping[str, Any]) -> None:

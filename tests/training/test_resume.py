@@ -329,3 +329,13 @@ def test_a_second_training_is_no_resumption(tmp_path):
     before = state(made.student)
     assert first.train().steps == 6
     assert not same(before, state(made.student))
+
+
+def test_a_run_that_was_cut_off_is_not_overwritten_and_one_that_was_done_is(tmp_path):
+    run(tmp_path, cut=4)
+    with pytest.raises(CheckpointError, match=r"has a checkpoint of step 3 of a run that has not come to its end.*resume=True"):
+        run(tmp_path)
+    whole = run(tmp_path, resume=True)
+    again = run(tmp_path, epochs=None, max_steps=2)
+    assert (whole[1].steps, again[1].steps) == (12, 2)
+    assert [int(path.name[5:]) for path in checkpoints(tmp_path / "checkpoints")] == [2, 1]
