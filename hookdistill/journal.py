@@ -13,6 +13,7 @@ from .errors import TrainerError
 
 LOG = "log.jsonl"
 RUN = "run.json"
+SIMILARITY = "similarity.json"
 
 
 def version() -> str:

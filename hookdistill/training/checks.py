@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +162,8 @@ def _check_saving(settings: Trainer) -> None:
         raise TrainerError(f"compile_options= is a dict of keywords of torch.compile, got {settings.compile_options!r:.80}")
     if settings.report is True and settings.output_dir is None:
         raise TrainerError("report=True needs a place for the page: give output_dir=")
+    if settings.report is True and find_spec("matplotlib") is None:
+        raise TrainerError("report=True draws with matplotlib, which is not installed: pip install 'hookdistill[report]'")
     if settings.teacher_device not in (None, "keep"):
         try:
             torch.device(settings.teacher_device)

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from ..errors import BatchError, MatchError, TrainerError, TrainerInterrupted
 from ..loading import Passes, rows_of
 from ..optimization import make_optimizer, make_scheduler
 from ..randomness import set_random_state, set_seed
+from ..report import write_report
+from ..running import undisturbed
 from ..sharding import average_plain_gradients, is_sharded
 from . import resume as states
 from .agreement import Agreement, weighted
@@ -29,6 +32,7 @@ from .faults import not_finite, out_of_memory, teachers_of, too_many_skipped
 from .gradients import gradient_norm, norms_by_match
 from .interruption import Interruption, exit_code
 from .keeping import Students
+from .layers import record_similarity
 from .log import Log, write_run
 from .measuring import Measuring
 from .meters import Meter, StepLosses, Where, memory
@@ -142,6 +146,8 @@ class Run:
 
     def to_the_end(self) -> TrainResult:
         """Every pass, and what is done before, between and after."""
+        if self.checkpoint is None:
+            self._record_layers("before")
         if not self.measuring.history:
             self.evaluate()
         if self.passes.over:
@@ -211,7 +217,7 @@ class Run:
         if self.measuring.is_due(self.step):
             self.look()
             self.measuring.measure(self.step, self.passes.number if self.step else 0)
-            self.meter.since = time.perf_counter()
+            self.meter.pause()
 
     def save_checkpoint(self, position: Mapping[str, Any] | None = None) -> None:
         """Save everything that is needed to go on from here, once for a step."""
@@ -271,6 +277,7 @@ class Run:
         if measured.best is not None:
             self.students.load_best()
         self.students.save("last")
+        self._record_layers("after")
         result = TrainResult(
             steps=self.step,
             epochs=self.passes.number,
@@ -472,13 +479,24 @@ class Run:
             write_run(self.folder, described)
         self.log.event("start" if checkpoint is None else "resumed", step=self.step, checkpoint=checkpoint and str(checkpoint))
 
-    def _report(self) -> None:
-        from ..report import write_report
+    @property
+    def _is_reported(self) -> bool:
+        wanted = self.settings.report is True or (self.settings.report == "auto" and find_spec("matplotlib") is not None)
+        return wanted and self.folder is not None and self.accelerator.is_main_process
 
-        settings = self.settings
-        if self.folder is None or not self.accelerator.is_main_process or settings.report is False:
-            return
-        write_report(self.folder, required=settings.report is True)
+    def _record_layers(self, when: str) -> None:
+        if self._is_reported:
+            assert self.folder is not None
+            loader = self.measuring.loader
+            with undisturbed(self.settings.distiller):
+                record_similarity(
+                    self.folder, when, self.settings.distiller, [self.last_batch] if loader is None else loader, self.log
+                )
+
+    def _report(self) -> None:
+        if self._is_reported:
+            assert self.folder is not None
+            write_report(self.folder)
 
 
 def _bar(total: int, shown: bool) -> Any:

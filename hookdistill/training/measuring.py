@@ -68,6 +68,8 @@ class Measuring:
             )
             if not self.history:
                 self.teacher = self._of_teacher(evaluation)
+                if self.teacher:
+                    self.log.event("teacher", step=step, metrics=self.teacher)
             self.history.append(measure(self.evaluators, evaluation))
             metrics = self.history[-1].metrics
             self.log.event("evaluation", step=step, epoch=epoch, metrics=metrics)

@@ -59,6 +59,7 @@ class Meter:
         self.unchecked: list[tuple[Where, Tensor]] = []
         self.unlogged: list[Tensor] = []
         self.rows = self.rows_shown = 0
+        self.speed = 0.0
         self.since = self.shown_at = time.perf_counter()
 
     def add(self, where: Where, values: Tensor, rows: int) -> None:
@@ -92,9 +93,15 @@ class Meter:
 
     def examples_per_second(self) -> float:
         """Of this process, since this was last asked."""
-        now, rows = time.perf_counter(), self.rows_shown
-        seconds, self.shown_at, self.rows_shown = max(now - self.shown_at, 1e-9), now, 0
-        return rows / seconds
+        if self.rows_shown:
+            now = time.perf_counter()
+            self.speed = self.rows_shown / max(now - self.shown_at, 1e-9)
+            self.shown_at, self.rows_shown = now, 0
+        return self.speed
+
+    def pause(self) -> None:
+        """The time since then does not count for the speed."""
+        self.since = self.shown_at = time.perf_counter()
 
     def means(self, accelerator: Accelerator) -> Values:
         """Means over the last steps of all processes; every one has to ask. NaN where there was no step."""
