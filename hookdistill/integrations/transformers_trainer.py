@@ -25,7 +25,7 @@ from ..training.states import read_state, write_state
 _STATE = "distiller"
 
 
-class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
+class DistillationTrainer(transformers.Trainer):
     """Trains a distiller's student with ``TrainingArguments``; what is saved is the student, with its adapters beside it.
 
         trainer = DistillationTrainer(distiller, args=TrainingArguments("run"), train_dataset=data, data_collator=collate)
@@ -106,7 +106,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         losses = model(inputs, step=self.state.global_step, shares=self._share if model.training else None)
         total = losses.total
         if model.training:
-            found = StepLosses(self.distiller.loss.terms)
+            found = StepLosses(list(self.distiller.loss.terms))
             found.add(losses, self._share)
             values = found.result(total.device)
             self._parts = values if self._parts is None else self._parts + values
@@ -145,7 +145,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student by its own ``save_pretrained``, and the adapters beside it; in checkpoints the whole state too."""
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir or ".")
         if self.args.should_save:
             save(self.distiller, folder)
             if self.processing_class is not None:
@@ -159,6 +159,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         self._load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
         self._load(self.state.best_model_checkpoint)
 
     def _load(self, folder: str | os.PathLike[str]) -> None:
@@ -190,4 +191,5 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         models = [distiller.student, *(teacher.values() if isinstance(teacher, Mapping) else [teacher])]
         taken = [name for model in models if isinstance(model, nn.Module) for name in forward_signature(model).parameters]
         named = [source for source in sources if isinstance(source, str)]
-        self._signature_columns = list(dict.fromkeys([*taken, *named, *self.label_names, "label", "label_ids"]))
+        columns: Any = list(dict.fromkeys([*taken, *named, *self.label_names, "label", "label_ids"]))
+        self._signature_columns = columns
