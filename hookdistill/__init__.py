@@ -25,6 +25,7 @@ from .evaluators import ExampleMetric as ExampleMetric
 from .evaluators import Fidelity as Fidelity
 from .evaluators import HeldOutLosses as HeldOutLosses
 from .evaluators import StudentMetric as StudentMetric
+from .evaluators import evaluate as evaluate
 from .export import load_student as load_student
 from .losses import register_loss as register_loss
 from .matches import Match as Match

@@ -48,7 +48,7 @@ class CheckpointError(TrainerError):
     """A checkpoint that cannot be written, found, read, or that belongs to another run."""
 
 
-class ExportError(HookDistillError, RuntimeError):
+class ExportError(HookDistillError, OSError):
     """A student that cannot be written to a folder, or read from one."""
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,14 @@ from torch.nn import functional as F
 from .distiller import Distiller
 from .engine import Compared, at_step, features_at
 from .errors import MatchError, TrainerError
-from .evaluation import Evaluation
+from .evaluation import Evaluation, Evaluator, Measurement, OnDevice, measure
 from .loading import rows_of
 from .losses.reduction import fit_mask
 from .matches import Match
-from .running import teaching
+from .running import teaching, undisturbed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ class Fidelity:
             raise TrainerError("Fidelity() compares logits and features with a teacher's, and no match does; leave it out")
         found: dict[str, _Agreement | _Cka] = {}
         for batch, counts in evaluation.share():
-            compared = distiller.compared(batch)
+            compared = distiller.compared(batch, kinds)
             for name, kind in kinds.items():
                 if name not in found:
                     found[name] = kind(features_at(distiller.loss.terms[name], compared[name].student), self.positions)
@@ -166,6 +169,39 @@ class Fidelity:
             raise _no_batch(evaluation)
         metrics = {name: measured.metrics(evaluation) for name, measured in found.items()}
         return {f"{self.prefix}{name}/{which}": value for name, values in metrics.items() for which, value in values.items()}
+
+
+def evaluate(
+    distiller: Distiller, loader: Iterable[Any], evaluators: Sequence[Evaluator] = (), *, accelerator: Accelerator | None = None
+) -> Measurement:
+    """Measure a student outside of a training, as the `Trainer` would; both models are left as they were.
+
+    Args:
+        distiller: its models are moved to the accelerator's device. Where adapters are needed, they exist already.
+        evaluators: default `HeldOutLosses`.
+        accelerator: default a new one.
+
+    Raises:
+        TrainerError: an evaluator returns something else than numbers by name, or the loader gives no batch.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator() if accelerator is None else accelerator
+    distiller.to(accelerator.device)
+    with undisturbed(distiller):
+        evaluation = Evaluation(
+            student=distiller.student,
+            distiller=distiller,
+            loader=OnDevice(loader, accelerator.device),
+            device=accelerator.device,
+            accelerator=accelerator,
+            step=0,
+            epoch=0,
+        )
+        try:
+            return measure(evaluators or [HeldOutLosses()], evaluation)
+        finally:
+            distiller.close()
 
 
 class _Agreement:

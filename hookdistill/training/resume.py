@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..distiller import Distiller
 from ..errors import CheckpointError
 from ..randomness import random_state
 from ..sharding import like, whole
+from .checkpoints import find_checkpoint, step_of
 from .states import check_packable, read_state, write_state
 
 if TYPE_CHECKING:
@@ -94,6 +97,27 @@ def restore(run: Run, checkpoint: Path) -> None:
         state = read_state(checkpoint, "average")
         run.average.load_state_dict({name: like(state[name], tensor) for name, tensor in own.items()})
     run.take_progress(saved["progress"], checkpoint)
+
+
+def load_checkpoint(distiller: Distiller, path: str | os.PathLike[str]) -> int:
+    """Give student, adapters and losses the weights of a checkpoint; returns its step.
+
+    Args:
+        distiller: one whose adapters exist, as after ``distiller.plan(batch)``.
+        path: a checkpoint, or the output folder of a run, whose newest whole one is taken.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of another distiller.
+    """
+    found = find_checkpoint(None, Path(path))
+    if found is None:
+        raise CheckpointError(f"there is no checkpoint in {os.fspath(path)!r}")
+    state, own = read_state(found, "model"), distiller.state_dict()
+    theirs = {name: list(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+    ours = {name: list(value.shape) for name, value in own.items() if isinstance(value, Tensor)}
+    check_identity({"weights": theirs}, {"weights": ours}, found)
+    _load_model(distiller, state)
+    return step_of(found)
 
 
 def identity(run: Run) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from hookdistill import (
     StudentMetric,
     Trainer,
     TrainerError,
+    evaluate,
 )
 from hookdistill.evaluation import Measurement, measure
-from pairs import mlps, points, readers, same, seeded, state, tokens
+from pairs import flags, hooks, mlps, points, readers, same, seeded, state, tokens
 from runs import LOGITS, Calls, distiller, loader, model, trainer
 
 
@@ -269,3 +270,14 @@ def test_held_out_losses_with_a_mask_that_only_a_forward_knows():
     made.student[1] = Gate()
     batches = [[torch.ones(2, 6)], [torch.ones(6, 6)]]
     assert measured(HeldOutLosses(), made, batches)["eval/loss/masked"] == pytest.approx((2 * 2 + 6 * 6) / 8)
+
+
+def test_a_student_is_measured_outside_of_a_training():
+    made = distiller(LOGITS, Match("0", "0", name="hidden"))
+    result = trainer(made, eval_loader=loader(), evaluators=[HeldOutLosses(), Fidelity()]).train()
+    modes = flags(made.student, made.teacher)
+    found = evaluate(made, loader(), [HeldOutLosses(), Fidelity()])
+    assert found.metrics == pytest.approx(result.history[-1].metrics)
+    assert evaluate(made, loader()).metrics.keys() == {"eval/loss", "eval/loss/logits", "eval/loss/hidden"}
+    assert flags(made.student, made.teacher) == modes
+    assert hooks(made.student, made.teacher) == 0

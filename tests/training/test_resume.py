@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import hookdistill
 from hookdistill import CheckpointError, Distiller, MagnitudeBalance, Match, StudentMetric, Trainer
+from hookdistill.training import load_checkpoint
 from hookdistill.training.checkpoints import checkpoints, newest_whole
 from hookdistill.training.states import read_state
 from pairs import mlps, points, same, state
@@ -339,3 +340,19 @@ def test_a_run_that_was_cut_off_is_not_overwritten_and_one_that_was_done_is(tmp_
     again = run(tmp_path, epochs=None, max_steps=2)
     assert (whole[1].steps, again[1].steps) == (12, 2)
     assert [int(path.name[5:]) for path in checkpoints(tmp_path / "checkpoints")] == [2, 1]
+
+
+def test_the_weights_of_a_checkpoint_are_loaded_into_a_distiller(tmp_path):
+    whole = run(tmp_path, keep_last=None)
+    made = noisy(LOGITS, HIDDEN)
+    with pytest.raises(CheckpointError, match=r"weights \(loss\.adapters\.hidden\.project\.weight: \[8, 5\] then, none now\)"):
+        load_checkpoint(made, tmp_path)
+    made.plan([DATA])
+    assert load_checkpoint(made, tmp_path) == 12
+    assert same(state(made.student, made.adapters), whole[0])
+    assert load_checkpoint(made, tmp_path / "checkpoints" / "step-000000003") == 3
+    assert not same(state(made.student, made.adapters), whole[0])
+    with pytest.raises(CheckpointError, match="is no folder"):
+        load_checkpoint(made, tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
+        load_checkpoint(made, tmp_path / "last")
