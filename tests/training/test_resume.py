@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -356,3 +358,15 @@ def test_the_weights_of_a_checkpoint_are_loaded_into_a_distiller(tmp_path):
         load_checkpoint(made, tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
         load_checkpoint(made, tmp_path / "last")
+
+
+def test_the_fault_script_kills_and_compares(tmp_path):
+    script = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "faults.py"
+    command = [sys.executable, str(script), "--kills", "2", "--steps", "16", "--fork", "--out", str(tmp_path)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "faults.json").read_text())
+    assert len(found["kills"]) == 2
+    assert found["differences"] == []
+    assert "The end is the same to the bit." in done.stdout
