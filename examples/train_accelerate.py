@@ -1,7 +1,7 @@
 """Teach a small convnet handwritten digits by a larger one, on as many processes as there are: a run that can be cut off.
 
     python examples/train_accelerate.py
-    accelerate launch --cpu --num_processes 2 examples/train_accelerate.py
+    accelerate launch --multi_gpu --num_processes 2 examples/train_accelerate.py   (also without a GPU)
 
 Kill it and start it again: it goes on where the last checkpoint was. `run/report.html` has the curves.
 """
@@ -50,7 +50,7 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=15)
     options = options.parse_args()
 
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     images, held_out = data()
     labels = Match(None, "head", loss="cross_entropy", target="labels", name="labels")
     torch.manual_seed(0)

@@ -35,11 +35,14 @@ def accelerator_for(settings: Trainer) -> Iterator[Accelerator]:
     from .checks import check_accelerator
 
     if settings.accelerator is not None:
+        check_processes(settings.accelerator)
         yield settings.accelerator
         return
     first = not is_initialized()
     try:
         accelerator = Accelerator(
+            # Left to itself, accelerate makes nothing of several processes without a GPU.
+            cpu=True if _launched() > 1 and first and not torch.accelerator.is_available() else None,
             mixed_precision=settings.mixed_precision,
             gradient_accumulation_steps=settings.accumulate or 1,
             log_with=list(settings.trackers) or None,
@@ -52,6 +55,7 @@ def accelerator_for(settings: Trainer) -> Iterator[Accelerator]:
             f"{error}{way_out}"
         ) from error
     try:
+        check_processes(accelerator)
         check_accelerator(settings, accelerator)
         yield accelerator
     finally:
@@ -188,6 +192,20 @@ def without_gradient(distiller: Distiller, batch: Any) -> list[str]:
         for name, buffer in distiller.named_buffers():
             buffer.copy_(buffers[name])
     return [name for name, gradient in zip(named, gradients, strict=True) if gradient is None]
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Raise where several processes were started and accelerate takes each for the only one: all would train alike, alone."""
+    if _launched() > 1 and accelerator.num_processes == 1:
+        raise TrainerError(
+            f"this is one of {_launched()} processes (WORLD_SIZE), but its Accelerator runs alone; each would train by itself "
+            "and write to the same place. Without a GPU make it Accelerator(cpu=True), or set ACCELERATE_USE_CPU=true"
+        )
+
+
+def _launched() -> int:
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdecimal() else 1
 
 
 def refuse_deepspeed(accelerator: Accelerator) -> None:

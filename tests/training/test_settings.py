@@ -158,3 +158,9 @@ def test_a_match_that_cannot_be_carried_out_is_an_error_before_the_first_step():
 
 def test_trackers_of_ones_own_accelerator_are_set_there():
     refused(r"trackers= is given beside accelerator=", accelerator=accelerate.Accelerator(), trackers=["tensorboard"])
+
+
+def test_processes_that_accelerate_does_not_know_of_are_an_error(monkeypatch):
+    alone = accelerate.Accelerator()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(r"one of 2 processes \(WORLD_SIZE\), but its Accelerator runs alone.*ACCELERATE_USE_CPU", accelerator=alone)
