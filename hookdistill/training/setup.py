@@ -214,8 +214,7 @@ def refuse_deepspeed(accelerator: Accelerator) -> None:
     if kind in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (kind == "FSDP" and not accelerator.is_fsdp2):
         raise TrainerError(
             f"accelerate is set to {kind}, which this trainer does not drive; it runs on one device, DDP and FSDP2. For "
-            "sharding choose fsdp_version: 2 in `accelerate config`; hookdistill.integrations.DistillationTrainer runs on what "
-            "transformers.Trainer runs on"
+            "sharding choose fsdp_version: 2 in `accelerate config`, or call fully_shard on the models yourself"
         )
 
 
