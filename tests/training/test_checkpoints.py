@@ -122,6 +122,26 @@ def test_a_write_that_raises_leaves_nothing(tmp_path):
     assert damage(tmp_path / "step-000000001") is None
 
 
+def test_what_is_renamed_is_on_the_disk_before_and_the_name_after(tmp_path, monkeypatch):
+    acts = []
+
+    def flush(path):
+        acts.append(("flush", path.name if path != tmp_path else "the place"))
+
+    def replace(self, target):
+        acts.append(("rename", target.name))
+        return real(self, target)
+
+    real = files.Path.replace
+    monkeypatch.setattr(files, "flush", flush)
+    monkeypatch.setattr(files.Path, "replace", replace)
+    save(tmp_path, 3)
+    renamed = acts.index(("rename", "step-000000003"))
+    written = {"manifest.json", "model.json", "model.safetensors", "optimizer.json"}
+    assert written <= {name for act, name in acts[:renamed] if act == "flush"}
+    assert ("flush", "the place") in acts[renamed:]
+
+
 # A kill at every act of a save
 
 

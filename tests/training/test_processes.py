@@ -129,6 +129,13 @@ def sharded(matches, teacher_too):
     return gradients_of(make, in_parts, accumulate=2)
 
 
+@pytest.mark.parametrize("teacher_too", [False, True], ids=["a whole teacher", "a sharded teacher"])
+def test_sharded_models_get_the_same_gradients(teacher_too):
+    whole = gradients_of(lambda: reading(MATCHES), as_one)
+    for found in in_processes(sharded, MATCHES, teacher_too):
+        assert_equal(found, whole)
+
+
 INSIDE = [Match("layers.1.a", "layers.1.a", name="inside"), Match("layers.0.b:input", "layers.0.b:input", name="input")]
 
 
