@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
 import hookdistill
@@ -26,7 +26,7 @@ MATCHES = [
 
 
 def bert(layers, seed):
-    config = BertConfig(num_hidden_layers=layers, hidden_dropout_prob=0.1, **SIZES)
+    config = BertConfig(num_hidden_layers=layers, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.0, **SIZES)
     return seeded(lambda: BertForSequenceClassification(config), seed=seed)
 
 
@@ -70,10 +70,17 @@ def arguments(folder, **settings):
     return TrainingArguments(str(folder), **options)
 
 
-def huggingface(folder, made=None, *, evaluated=False, callbacks=None, **settings):
+class InOrder(DistillationTrainer):
+    """Does not shuffle, for which transformers 4 has no argument."""
+
+    def _get_train_sampler(self, *_):
+        return SequentialSampler(self.train_dataset)
+
+
+def huggingface(folder, made=None, *, trainer=DistillationTrainer, evaluated=False, callbacks=None, **settings):
     made = made or distiller()
     data = {"train_dataset": Sentences(), **({"eval_dataset": Sentences()} if evaluated else {})}
-    return DistillationTrainer(made, arguments(folder, **settings), callbacks=callbacks, **data)
+    return trainer(made, arguments(folder, **settings), callbacks=callbacks, **data)
 
 
 # Four loops, one trajectory
@@ -123,10 +130,8 @@ def by_ours():
 def by_transformers(folder):
     made = plain_pair()
     optimizer = adamw(list(made.parameters()))
-    settings = {"train_sampling_strategy": "sequential"}
-    trainer = DistillationTrainer(
-        made, arguments(folder, **settings), train_dataset=rows(), optimizers=(optimizer, halving(optimizer, 12))
-    )
+    optimizers = (optimizer, halving(optimizer, 12))
+    trainer = InOrder(made, arguments(folder), train_dataset=rows(), optimizers=optimizers)
     trainer.train()
     return state(made.student, made.adapters)
 
@@ -164,7 +169,7 @@ def test_lightning_takes_them(bare_loop, tmp_path):
 
 
 # Adam makes large steps of gradients that are nothing but rounding, as those of the bias of BERT's keys are.
-IN_ORDER = {"train_sampling_strategy": "sequential", "num_train_epochs": 1, "optim": "sgd", "learning_rate": 0.1}
+IN_ORDER = {"trainer": InOrder, "num_train_epochs": 1, "optim": "sgd", "learning_rate": 0.1}
 
 
 def test_accumulated_batches_count_by_their_valid_positions(tmp_path):
