@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import hookdistill
 from hookdistill import Distiller, ExampleMetric, HeldOutLosses, Match, Trainer
+from hookdistill.journal import LOG, read_log
 from hookdistill.training.checkpoints import checkpoints, damage, newest_whole, step_of
 from hookdistill.training.states import read_state
 
@@ -151,10 +152,22 @@ def wait(pid: int, process: subprocess.Popen[str] | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def kill_once(number: int, folder: Path, steps: int, seconds: float, *, fork: bool) -> Kill | None:
-    """Start the training, kill it after some seconds; ``None`` if it had come to its end by then."""
+def kill_once(number: int, folder: Path, steps: int, draw: random.Random, mean: float, *, fork: bool) -> Kill | None:
+    """Start the training, kill it at a random moment; ``None`` if it had come to its end by then.
+
+    One kill in five comes within seconds of the start, wherever that is; the others some time after the first step, ``mean``
+    seconds on average, so that the run gets on.
+    """
     pid, process = start(folder, steps, fork=fork)
-    time.sleep(seconds)
+    began = time.perf_counter()
+    if draw.random() < 0.2:
+        time.sleep(draw.uniform(0, 3))
+    else:
+        before = newest_step(folder)
+        while newest_step(folder) == before and before < steps and time.perf_counter() - began < 60:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 2 * mean))
+    seconds = time.perf_counter() - began
     os.kill(pid, signal.SIGKILL)
     if wait(pid, process) != -signal.SIGKILL:
         return None
@@ -166,6 +179,11 @@ def kill_once(number: int, folder: Path, steps: int, seconds: float, *, fork: bo
     during = "saving a checkpoint" if in_checkpoint else "saving a student" if left else "training"
     step = 0 if newest is None else step_of(newest)
     return Kill(number=number, seconds=round(seconds, 3), during=during if step else "starting", step=step, left=len(left))
+
+
+def newest_step(folder: Path) -> int:
+    """Of the newest checkpoint, by its name; 0 for none."""
+    return max((step_of(path) for path in checkpoints(folder / "checkpoints")), default=0)
 
 
 def differences(whole: Path, cut: Path, steps: int) -> list[str]:
@@ -191,17 +209,24 @@ def kill_and_compare(
     if wait(*start(folder / "whole", steps, fork=fork)):
         raise SystemExit("the run that was left alone failed")
     alone = time.perf_counter() - began
+    times = [
+        datetime.datetime.fromisoformat(line["time"])
+        for line in read_log(folder / "whole" / LOG)
+        if line["kind"] == "checkpoint"
+    ]
+    mean = (times[-1] - times[0]).total_seconds() / kills
     done: list[Kill] = []
     runs, found = 0, []
     while len(done) < kills:
         cut = folder / f"cut-{runs}"
         while len(done) < kills:
-            seconds = draw.uniform(0, 4 * alone / max(8, kills))
-            killed = kill_once(len(done) + 1, cut, steps, seconds, fork=fork)
+            killed = kill_once(len(done) + 1, cut, steps, draw, mean, fork=fork)
             if killed is None:
                 break
             done.append(killed)
             print(f"kill {killed.number:3}: after {killed.seconds:6.3f} s, {killed.during}, step {killed.step}", flush=True)
+            if killed.step == steps:  # nothing is left but to save the last student
+                break
         if wait(*start(cut, steps, fork=fork)):
             raise SystemExit("a run that was started again failed")
         found += differences(folder / "whole", cut, steps)

@@ -50,6 +50,8 @@ def test_code_blocks_run(page, capsys, tmp_path, monkeypatch):
         "teacher": Classifier(12),
         "student": Classifier(3),
         "model": Classifier(4),
+        "loader": torch.utils.data.DataLoader(rows, 4),
+        "held_out_loader": torch.utils.data.DataLoader(rows[:4], 4),
         "rows": rows,
         "held_out": rows[:4],
         "theirs": torch.randn(2, 6, 8),

@@ -361,6 +361,7 @@ def interrupted_run(folder, shard, cut):
             best="score",
             load_best_at_end=True,
             ema=0.5,
+            clip_norm=0.5,
             seed=1,
             report=False,
             progress=False,
