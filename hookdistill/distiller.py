@@ -18,12 +18,14 @@ from .attention import AttentionCall
 from .batches import BatchAdaptor, BatchKey, Inputs, check_fits, contents, given_inputs, has_item, model_inputs
 from .engine import (
     STUDENT,
+    Compared,
     DistillationLoss,
     Losses,
     Passing,
     Shares,
     Step,
     batch_items,
+    compared,
     in_match,
     student_inputs,
     teacher_inputs,
@@ -35,10 +37,11 @@ from .head_choice import HEADS, Heads, Watched, choose_heads
 from .heads import Seen
 from .heads import watching as watched_layers
 from .matches import Match, as_matches
-from .paths import resolve, unwrap
+from .paths import is_compiled, resolve, unwrap
 from .plan import Plan, check_values, expand, row
 from .recorder import Receiver, Recorded, Recorder, Recorders
 from .running import device_of, evaluating, teaching, undisturbed
+from .sharding import gather_for_backward, reshard
 from .sources import CaptureSource, adjusted
 
 ORDERS = ("student first", "teacher first")
@@ -171,6 +174,33 @@ class Distiller(nn.Module):
         """For each match that is a mean, the number of valid positions in ``batch``: see `DistillationLoss.counts`."""
         return self.loss.counts(batch)
 
+    def compared(self, batch: Any, names: Iterable[str]) -> dict[str, Compared]:
+        """What the matches of these names compare on ``batch``, without adapters: for evaluations, not for training."""
+        heads = self._heads
+        if heads:  # logits that training does without are made here
+            self.close()
+            self._heads = {}
+        try:
+            with self._running(batch) as run:
+                teachers, student = run.teachers(), run.student()
+                return {name: compared(self.loss.terms[name], teachers, student, batch) for name in names}
+        finally:
+            if heads:
+                self.close()
+                self._heads = heads
+
+    def run_student(self, batch: Any) -> Any:
+        """What the student returns, called with what `forward` calls it with."""
+        inputs = self._inputs(batch).student.to(device_of(self.student))
+        return self.student(*inputs.args, **inputs.kwargs)
+
+    def run_teacher(self, batch: Any, name: str | None = None) -> Any:
+        """What a teacher returns, called with what `forward` calls it with: in eval mode, without gradients."""
+        model = self._teachers[name]
+        inputs = self._inputs(batch, {name: model}).teachers[name].to(device_of(model, otherwise=device_of(self.student)))
+        with teaching(model):
+            return model(*inputs.args, **inputs.kwargs)
+
     def export(self, path: str | os.PathLike[str]) -> None:
         """Write the student alone to the folder ``path``: ``save_pretrained`` where it has that, else ``model.safetensors``."""
         save_student(self.student, path)
@@ -209,10 +239,10 @@ class Distiller(nn.Module):
                     self.close()
                     return self._dry_run(batch, make_adapters=make_adapters)
                 losses = self.loss.begin(student, batch, step=self._step)
-                compared = {}
+                found = {}
                 for name, term in self.loss.terms.items():
                     with in_match(name):
-                        compared[name] = tensors = self.loss.tensors(name, teachers, student, batch)
+                        found[name] = tensors = self.loss.tensors(name, teachers, student, batch)
                         check_values(term, tensors.student, tensors.other, tensors.mask)
                         if make_adapters:
                             self.loss.add_adapters(name, teachers, student, batch)
@@ -228,7 +258,7 @@ class Distiller(nn.Module):
                         float(parts[name]),
                         state=self.loss.state(name),
                     )
-                    for name, tensors in compared.items()
+                    for name, tensors in found.items()
                 )
         except BaseException:
             if opened_here:
@@ -239,6 +269,7 @@ class Distiller(nn.Module):
                 del self.loss.loss_modules[key]
             raise
         finally:
+            reshard(self.student)
             for key in set(self.loss.loss_modules) - states:  # made in a dry run, which is in eval mode
                 self.loss.loss_modules[key].train(self.training)
         return Plan(rows=rows, inputs=(*self._sources_lines(), *self._inputs(batch).lines()))
@@ -249,13 +280,16 @@ class Distiller(nn.Module):
             with self._running(batch, dry=True) as run, undisturbed(self.student):
                 self.loss.choose(run.teachers(), run.student(), batch)
         finally:
+            reshard(self.student)
             self.close()  # fewer layers are needed from now on
 
     def _watched(self, watching: contextlib.ExitStack) -> dict[str | None, Seen]:
         """What the linear layers of all models do, as long as it is not known which of them are heads."""
+        models = {**self._teachers, STUDENT: self.student}
+        if self._heads is None and self.head == "auto" and any(is_compiled(model) for model in models.values()):
+            self._heads = {}  # a compiled model takes no hook that comes after those of a capture
         if self._heads is not None:
             return {}
-        models = {**self._teachers, STUDENT: self.student}
         return {name: watching.enter_context(watched_layers(model)) for name, model in models.items()}
 
     @contextlib.contextmanager
@@ -328,8 +362,9 @@ class Distiller(nn.Module):
                 f"student: {error}"
             ) from error
 
-    def _inputs(self, batch: Any) -> _AllInputs:
-        running = {name: model for name, model in self._teachers.items() if self._teacher_addresses(name)}
+    def _inputs(self, batch: Any, running: Mapping[str | None, nn.Module] | None = None) -> _AllInputs:
+        if running is None:
+            running = {name: model for name, model in self._teachers.items() if self._teacher_addresses(name)}
         if self.batch_adaptor is not None:
             return _adapted(self.batch_adaptor, device_of(self.student), batch, running, self.student)
         targets, masks = batch_items(self.loss.terms.values())
@@ -373,7 +408,9 @@ class _Run:
 
     def student(self) -> Recorded:
         """Run the student."""
-        return self._run(self.recorders.student, self.inputs.student.to(self.home))
+        captured = self._run(self.recorders.student, self.inputs.student.to(self.home))
+        gather_for_backward(self.recorders.student.model, captured)
+        return captured
 
     def teachers(self, receive: Callable[[str | None, Address, Tensor | AttentionCall | Head], bool] | None = None) -> Any:
         """Run the teachers: their captures, by name where they have one. ``receive`` is offered each tensor first."""

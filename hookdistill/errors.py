@@ -52,6 +52,22 @@ class StoreError(HookDistillError, RuntimeError):
     """A store that cannot be written or read, or that holds something else than what is asked of it."""
 
 
+class CheckpointError(TrainerError):
+    """A checkpoint that cannot be written, found, read, or that belongs to another run."""
+
+
+class ExportError(HookDistillError, OSError):
+    """A student that cannot be written to a folder, or read from one."""
+
+
+class TrainerInterrupted(SystemExit):
+    """Ctrl-C or SIGTERM ended a training between two steps, after a checkpoint was saved where there is an ``output_dir``.
+
+    A ``SystemExit``, no `HookDistillError`: nobody made a mistake, and a script that does not catch it ends without a
+    traceback with the exit code that shells give for the signal, 130 for Ctrl-C and 143 for SIGTERM.
+    """
+
+
 def nearest(name: str, candidates: Iterable[str], *, count: int = 3) -> list[str]:
     """The candidates that look most like ``name``, best first; empty when nothing comes near."""
     return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)

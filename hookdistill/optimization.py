@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,26 +12,34 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
 from .distiller import Distiller
-from .errors import TrainerError, listing
+from .errors import TrainerError, did_you_mean, listing
 
 GivenOptimizer = Optimizer | Callable[[list[nn.Parameter]], Optimizer] | None
-GivenScheduler = LRScheduler | Callable[[Optimizer, int], LRScheduler] | None
+GivenScheduler = LRScheduler | Callable[[Optimizer, int], LRScheduler] | str | None
 
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.01
 
 
-def make_optimizer(given: GivenOptimizer, distiller: Distiller, *, lr: float | None) -> Optimizer:
+def make_optimizer(
+    given: GivenOptimizer,
+    distiller: Distiller,
+    *,
+    lr: float | None = None,
+    adapter_lr: float | None = None,
+    weight_decay: float | None = None,
+) -> Optimizer:
     """The optimizer that was given, or what the callable makes of all trainable parameters, or AdamW.
 
     Raises:
         TrainerError: it does not fit the distiller, whose plan must exist; or nothing is trainable.
     """
-    parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
     if not any(parameter.requires_grad for parameter in distiller.student.parameters()):
         raise TrainerError("no parameter of the student requires a gradient, so there is nothing to train; unfreeze some")
     if given is None:
-        return _adamw(parameters, LEARNING_RATE if lr is None else lr)
+        groups = parameter_groups(distiller, adapter_lr=adapter_lr, weight_decay=weight_decay)
+        return torch.optim.AdamW(groups, lr=LEARNING_RATE if lr is None else lr)
+    parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
     optimizer = given if isinstance(given, Optimizer) else given(parameters)
     if not isinstance(optimizer, Optimizer):
         raise TrainerError(f"the callable optimizer= must return a torch optimizer, it returned {type(optimizer).__name__}")
@@ -38,14 +47,49 @@ def make_optimizer(given: GivenOptimizer, distiller: Distiller, *, lr: float | N
     return optimizer
 
 
-def make_scheduler(given: GivenScheduler, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    """The scheduler that was given, or what the callable makes, or a cosine from the optimizer's rate to 0.
+def parameter_groups(
+    distiller: Distiller, *, lr: float | None = None, adapter_lr: float | None = None, weight_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """The trainable parameters in groups for any torch optimizer: student and adapters, with weight decay and without.
+
+    Weight decay pulls matrices towards 0; biases and the scales of norms, which have one dimension, have no reason to be small
+    and get none. Each group has a ``name``.
+
+    Args:
+        distiller: one whose plan exists, or its adapters are missing.
+        lr: of the student's groups; left out, that of the optimizer.
+        adapter_lr: of the adapters' groups; left out, as ``lr``.
+        weight_decay: default 0.01.
+    """
+    decay = WEIGHT_DECAY if weight_decay is None else weight_decay
+    groups: list[dict[str, Any]] = []
+    for name, module, rate in (("student", distiller.student, lr), ("adapters", distiller.loss, adapter_lr or lr)):
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        options = {} if rate is None else {"lr": rate}
+        for kind, group_decay, parameters in (
+            ("", decay, [each for each in trained if each.dim() > 1]),
+            (", no decay", 0.0, [each for each in trained if each.dim() <= 1]),
+        ):
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": group_decay, "name": name + kind, **options})
+    return groups
+
+
+def make_scheduler(
+    given: GivenScheduler, optimizer: Optimizer, total_steps: int, *, warmup: float | None = None
+) -> LRScheduler:
+    """The scheduler that was given, or what the callable makes, or the one of that name, or a cosine from the rate to 0.
+
+    Args:
+        warmup: for a named one and the cosine: optimizer steps in which the rate rises from 0, or below 1 their share.
 
     Raises:
-        TrainerError: it needs a metric at its steps, or has not enough of them.
+        TrainerError: it needs a metric at its steps, has not enough of them, or no scheduler has the name.
     """
-    if given is None:
+    if given is None and not warmup:
         return CosineAnnealingLR(optimizer, T_max=total_steps)
+    if given is None or isinstance(given, str):
+        return _named_scheduler(given or "cosine", optimizer, total_steps, warmup or 0)
     scheduler = given if isinstance(given, LRScheduler) else given(optimizer, total_steps)
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
         raise TrainerError(
@@ -99,8 +143,11 @@ def check_scheduler(scheduler: GivenScheduler, optimizer: GivenOptimizer) -> Non
     """
     if scheduler is None:
         return
+    if isinstance(scheduler, str):
+        check_scheduler_name(scheduler)
+        return
     if not isinstance(scheduler, LRScheduler) and not callable(scheduler):
-        raise TrainerError(f"scheduler= is a torch scheduler or a callable, got {type(scheduler).__name__}")
+        raise TrainerError(f"scheduler= is a torch scheduler, a name or a callable, got {type(scheduler).__name__}")
     if isinstance(scheduler, LRScheduler) and scheduler.optimizer is not optimizer:
         raise TrainerError(
             "scheduler= was made for another optimizer than optimizer=, and would change nothing. Pass both, or a callable: "
@@ -108,11 +155,30 @@ def check_scheduler(scheduler: GivenScheduler, optimizer: GivenOptimizer) -> Non
         )
 
 
-def _adamw(parameters: list[nn.Parameter], lr: float) -> Optimizer:
-    """Weight decay pulls matrices towards 0; biases and the scales of norms have no reason to be small."""
-    decayed = {"params": [each for each in parameters if each.dim() > 1], "weight_decay": WEIGHT_DECAY}
-    others = {"params": [each for each in parameters if each.dim() <= 1], "weight_decay": 0.0}
-    return torch.optim.AdamW([group for group in (decayed, others) if group["params"]], lr=lr)
+def _named_scheduler(name: str, optimizer: Optimizer, total_steps: int, warmup: float) -> LRScheduler:
+    from transformers import SchedulerType, get_scheduler
+
+    steps = round(warmup * total_steps) if warmup < 1 else round(warmup)
+    try:
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=steps, num_training_steps=total_steps)
+    except (ValueError, TypeError) as error:
+        raise TrainerError(
+            f"transformers cannot make the scheduler {name!r} from warm-up and length alone: {error}. Write "
+            "scheduler=lambda optimizer, total_steps: transformers.get_scheduler(…)"
+        ) from error
+    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+        names = [each.value for each in SchedulerType if each is not SchedulerType.REDUCE_ON_PLATEAU]
+        raise TrainerError(f"scheduler={name!r} needs a metric at its steps; it can be one of {listing(names)}")
+    return scheduler
+
+
+def check_scheduler_name(name: str) -> None:
+    """Raise a `TrainerError` unless transformers knows a scheduler of this name."""
+    from transformers import SchedulerType
+
+    names = [each.value for each in SchedulerType]
+    if name not in names:
+        raise TrainerError(f"no scheduler is called {name!r}.{did_you_mean(name, names)} Known are {listing(names)}")
 
 
 def _untrained(distiller: Distiller, held: set[nn.Parameter]) -> list[str]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from .randomness import forked
+
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
@@ -35,9 +37,8 @@ def teaching(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """A forward that leaves no trace: eval mode, no gradients, and the random state put back."""
-    device = device_of(model)
-    with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []), evaluating(model), torch.no_grad():
+    """A forward that leaves no trace: eval mode, no gradients, and the random states put back."""
+    with forked(device_of(model)), evaluating(model), torch.no_grad():
         yield
 
 

@@ -563,7 +563,7 @@ def test_a_plain_module_is_exported_as_safetensors_and_loads_bit_for_bit(tmp_pat
     distiller = Distiller(teacher, student, hidden(), example_batch=points())
     list(train(distiller, points(), steps=2))
     distiller.export(tmp_path / "deep" / "folder")
-    assert [path.name for path in (tmp_path / "deep" / "folder").iterdir()] == ["model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "deep" / "folder").iterdir()) == ["config.json", "model.safetensors"]
     weights = load_file(tmp_path / "deep" / "folder" / "model.safetensors")
     assert weights.keys() == student.state_dict().keys()
     fresh = seeded(Mlp, seed=5)
@@ -624,7 +624,8 @@ def test_an_export_that_fails_leaves_the_last_one_whole(tmp_path, monkeypatch):
     student.save_pretrained = half
     with pytest.raises(OSError, match="no space"):
         distiller.export(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert (tmp_path / "config.json").read_text() != "{"
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 

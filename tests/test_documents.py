@@ -1,5 +1,6 @@
 """What the pages say, runs: every Python block of README.md and docs/, in order, page by page; and the example scripts."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import hookdistill
+from hookdistill.journal import read_run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,9 +38,10 @@ def blocks(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_code_blocks_run(page, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # pages write stores and students
+    monkeypatch.chdir(tmp_path)  # pages write stores, students and runs
     torch.manual_seed(0)
     ids = torch.randint(1, 50, (2, 6))
+    rows = [{"input_ids": ids[0], "attention_mask": torch.ones_like(ids[0]), "labels": torch.tensor(1)}] * 8
     names = {
         "__name__": page.stem,
         "hookdistill": hookdistill,
@@ -47,7 +50,10 @@ def test_code_blocks_run(page, capsys, tmp_path, monkeypatch):
         "teacher": Classifier(12),
         "student": Classifier(3),
         "model": Classifier(4),
-        "loader": [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])}],
+        "loader": torch.utils.data.DataLoader(rows, 4),
+        "held_out_loader": torch.utils.data.DataLoader(rows[:4], 4),
+        "rows": rows,
+        "held_out": rows[:4],
         "theirs": torch.randn(2, 6, 8),
         "ours": torch.randn(2, 6, 8, requires_grad=True),
     }
@@ -78,3 +84,45 @@ def test_the_bert_example_runs():
     assert done.returncode == 0, done.stderr
     assert re.search(r"^encoder\.layer\.2 .* encoder\.layer\.11 ", done.stdout, re.MULTILINE)
     assert "after 5 steps" in done.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_accelerate_example_runs_as_launched(processes, tmp_path):
+    script = str(ROOT / "examples" / "train_accelerate.py")
+    launch = ["--multi_gpu"] * (processes > 1) + [
+        "--num_processes",
+        str(processes),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--dynamo_backend", "no", script]
+    done = subprocess.run(
+        [*command, "--epochs", "1", "--output", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^student 0\.\d+, teacher 0\.\d+ on held-out images$", done.stdout, re.MULTILINE)
+    assert {"best", "last", "checkpoints", "log.jsonl", "run.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert read_run(tmp_path / "run")["processes"] == processes
+
+
+def test_the_transformers_example_runs(tmp_path):
+    script = str(ROOT / "examples" / "train_hf.py")
+    command = [sys.executable, script, "--steps", "2", "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "held-out loss" in done.stdout
+
+
+def test_the_lightning_example_runs(tmp_path):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    script = str(ROOT / "examples" / "train_lightning.py")
+    command = [sys.executable, script, "--epochs", "1", "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "student" / "model.safetensors").exists()

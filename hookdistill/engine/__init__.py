@@ -1,6 +1,7 @@
 """Matches + captured tensors + batch → the losses of one step."""
 
 from . import fast as fast
+from .blame import at_step as at_step
 from .blame import in_match as in_match
 from .fast import IMPLEMENTATIONS as IMPLEMENTATIONS
 from .fast import Choice as Choice
@@ -13,5 +14,7 @@ from .step import Shares as Shares
 from .step import Step as Step
 from .terms import Compared as Compared
 from .terms import batch_items as batch_items
+from .terms import compared as compared
+from .terms import features_at as features_at
 from .terms import student_inputs as student_inputs
 from .terms import teacher_inputs as teacher_inputs
