@@ -42,7 +42,7 @@ def outline(
 
         hookdistill outline ./my-bert --pattern 'encoder.layer.{0,11}'
     """
-    from .outline import survey
+    from .survey import survey
 
     built = _from_config(model)
     found = survey(built, _made_up_inputs(built), pattern=pattern, inputs=inputs)
