@@ -44,6 +44,10 @@ class TrainerError(HookDistillError, RuntimeError):
     """A training run that cannot start or go on."""
 
 
+class RecipeError(HookDistillError, ValueError):
+    """A recipe file that cannot be read or carried out; the message has file, line and key."""
+
+
 def nearest(name: str, candidates: Iterable[str], *, count: int = 3) -> list[str]:
     """The candidates that look most like ``name``, best first; empty when nothing comes near."""
     return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)
