@@ -22,6 +22,10 @@ PREFIX = "HOOKDISTILL__"
 """Of environment variables that override: ``HOOKDISTILL__TRAINER__LR=3e-5``."""
 
 
+class PlacedError(RecipeError):
+    """One that has its place in the recipe in the message."""
+
+
 @dataclass(slots=True)
 class Document:
     """What a recipe file says."""
@@ -67,10 +71,10 @@ class Document:
         """Errors raised inside say which part of the recipe they come from."""
         try:
             yield
-        except RecipeError:
+        except PlacedError:
             raise
         except HookDistillError as error:
-            raise RecipeError(f"{self.where(location)}: {dotted(location)}: {error}{self.line(location)}") from error
+            raise PlacedError(f"{self.where(location)}: {dotted(location)}: {error}{self.line(location)}") from error
 
 
 def read(path: str | Path) -> Document:
@@ -125,7 +129,7 @@ def dotted(location: Location) -> str:
 
 def parse_value(text: str) -> Any:
     """One value in YAML, as after ``--set``."""
-    return yaml.load(text, _Loader)  # noqa: S506  # a SafeLoader
+    return yaml.load(text, _Loader)  # a SafeLoader
 
 
 def dump(data: Any) -> str:
@@ -138,7 +142,8 @@ def _assign(document: Document, keys: list[str], text: str, source: str) -> None
         value = parse_value(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{source}: {text!r} is no YAML value: {_problem(error)}") from error
-    place, location = document.data, ()
+    place: Any = document.data
+    location: Location = ()
     for position, key in enumerate(keys):
         last = position == len(keys) - 1
         if isinstance(place, list):
@@ -251,10 +256,16 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what `_Loader`, or a reader of YAML 1.1, would not read as the string it is."""
 
 
+_DIGITS = r"(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)"
+
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+.0123456789"),
+    (
+        "float",
+        rf"[-+]?{_DIGITS}(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("merge", r"<<", "<"),
 ):

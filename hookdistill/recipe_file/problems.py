@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in the words of the person who wrote it: where, which value, what is allowed, the nearest spelling."""
+"""What is wrong with a recipe, in the words of its author: where, which value, what is allowed, the nearest spelling."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def _keys(location: Location, data: Any) -> list[str]:
 def _stranger(location: Location, keys: list[str]) -> str:
     key = str(location[-1])
     where = dotted(location[:-1]) or "a recipe"
-    return f"{dotted(location)} is no key of a recipe.{did_you_mean(key, keys)} Keys of {where} are {listing(keys, most=_SCREEN)}"
+    return (
+        f"{dotted(location)} is no key of a recipe.{did_you_mean(key, keys)} Keys of {where} are {listing(keys, most=_SCREEN)}"
+    )
 
 
 def _missing(location: Location, key: str, data: Any) -> str:
@@ -74,6 +76,7 @@ def _missing(location: Location, key: str, data: Any) -> str:
 
 
 def _at(data: Any, location: Location) -> Any:
+    step: Any
     for step in location:
         data = data[step]
     return data
@@ -119,7 +122,7 @@ def _annotation(location: Location, data: Any) -> Any:
     annotation: Any = Recipe
     for step in location:
         annotation = _bare(_member(annotation, data))
-        data = data[step] if isinstance(data, (dict, list)) else None
+        data = _at(data, (step,)) if isinstance(data, (dict, list)) else None
         origin = get_origin(annotation)
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             field = annotation.model_fields.get(str(step))

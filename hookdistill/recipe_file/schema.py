@@ -39,7 +39,7 @@ class Model(Section):
     )
     arguments: Arguments = Field(
         {},
-        description="With pretrained or config: changes to the transformers configuration. With factory: its keyword arguments.",
+        description="With pretrained or config: changes to its configuration. With factory: its keyword arguments.",
         examples=[{"num_hidden_layers": 3}],
     )
     architecture: str | None = Field(
@@ -59,7 +59,9 @@ class Model(Section):
     freeze: list[str] = Field(
         [], description="Modules that are not trained, by address; the teacher never is.", examples=[["embeddings"]]
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of the parameters.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Of the parameters. Default: float32 for transformers models, and what a factory makes."
+    )
     attention: Literal["sdpa", "eager", "flex_attention"] | None = Field(
         None, description="transformers' attention implementation. Default: its own choice, sdpa where there is one."
     )
@@ -71,7 +73,7 @@ class Model(Section):
         if len(given) != 1:
             raise ValueError(f"give one of pretrained, config and factory; {' and '.join(given) or 'none'} is given")
         own = ("architecture", "revision", "attention", "trust_remote_code")
-        if given == ["factory"] and (misplaced := [name for name in own if name in self.model_fields_set]):
+        if given == ["factory"] and (misplaced := [name for name in own if getattr(self, name)]):
             raise ValueError(f"{misplaced[0]} is for transformers models, with pretrained or config; give it to the factory")
         return self
 
@@ -81,13 +83,13 @@ class Source(Section):
 
     files: str | list[str] | None = Field(
         None,
-        description="Files with rows, also by wildcards: .jsonl (an object a line), .csv and .tsv (with a header), .txt (a line "
-        "is a row with the column text).",
+        description="Files with rows, also by wildcards: .jsonl (an object a line), .csv and .tsv (with a header), .txt (a "
+        "line is a row with the column text).",
         examples=["train.jsonl", ["a.csv", "b.csv"]],
     )
     dataset: str | None = Field(
         None,
-        description="An id on the Hugging Face hub, or a folder, for the datasets library (pip install 'hookdistill[datasets]').",
+        description="An id on the Hugging Face hub, or a folder: for the datasets library (hookdistill[datasets]).",
         examples=["stanfordnlp/imdb"],
     )
     arrays: str | None = Field(
@@ -128,7 +130,9 @@ class Text(Section):
         ["text"], min_length=1, max_length=2, description="One column, or two for pairs of texts.", examples=[["text"]]
     )
     max_length: Count = Field(128, description="Tokens; what is longer is cut.")
-    padding: Literal["longest", "max_length"] = Field("longest", description="To the longest of a batch, or always to max_length.")
+    padding: Literal["longest", "max_length"] = Field(
+        "longest", description="To the longest of a batch, or always to max_length."
+    )
     tokenizer: str | None = Field(
         None, description="A folder or an id on the hub. Default: that of the student, else that of the teacher."
     )
@@ -157,7 +161,9 @@ class Data(Section):
 
     train: Source = Field(description="Rows to train on.")
     eval: Source | None = Field(None, description="Rows to measure on.")
-    hold_out: Count | None = Field(None, description="Instead of eval: so many rows of train, drawn by the seed, are kept apart.")
+    hold_out: Count | None = Field(
+        None, description="Instead of eval: so many rows of train, drawn by the seed, are kept apart."
+    )
     text: Text | None = Field(None, description="Tokenize columns of text.")
     image: Image | None = Field(None, description="Prepare a column of images.")
     labels: Labels | None = Field(None, description="Make labels of a column.")
@@ -187,9 +193,7 @@ def _number_or_schedule(value: Any) -> str:
     return "schedule" if isinstance(value, (dict, Schedule)) else "number"
 
 
-Weight = Annotated[
-    Annotated[Finite, Tag("number")] | Annotated[Schedule, Tag("schedule")], Discriminator(_number_or_schedule)
-]
+Weight = Annotated[Annotated[Finite, Tag("number")] | Annotated[Schedule, Tag("schedule")], Discriminator(_number_or_schedule)]
 Temperature = Annotated[
     Annotated[Positive, Tag("number")] | Annotated[Schedule, Tag("schedule")], Discriminator(_number_or_schedule)
 ]
@@ -201,7 +205,9 @@ class MatchItem(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     teacher: str | None = Field(
-        None, description="Address of the teacher's tensor; null: the student is compared with target.", examples=["encoder.layer.3"]
+        None,
+        description="Address of the teacher's tensor; null: the student is compared with target.",
+        examples=["encoder.layer.3"],
     )
     student: str = Field(description="Address of the student's tensor.", examples=["encoder.layer.0", ":logits"])
     loss: str = Field(
@@ -260,7 +266,11 @@ class OldLoss(Section):
     args: Arguments = Field({}, description="Its keyword arguments.")
 
 
-_OLD_KEYS = {"type", "loss_function", *(f"{side}_layer_{part}" for side in ("teacher", "student") for part in ("name", "output_name"))}
+_OLD_KEYS = {
+    "type",
+    "loss_function",
+    *(f"{side}_layer_{part}" for side in ("teacher", "student") for part in ("name", "output_name")),
+}
 
 
 def kind_of_match(value: Any) -> str:
@@ -303,8 +313,8 @@ class Training(Section):
     epochs: Count | None = Field(None, description="Passes over the training rows; this or max_steps.")
     max_steps: Count | None = Field(None, description="Optimizer steps; this or epochs.")
     lr: Positive = Field(1e-3, description="The optimizer's learning rate, at its highest.")
-    optimizer: Optimizer = Field(Optimizer(), description="Default: AdamW.")
-    scheduler: Scheduler = Field(Scheduler(), description="Default: cosine.")
+    optimizer: Optimizer = Field(default_factory=lambda: Optimizer.model_validate({}), description="Default: AdamW.")
+    scheduler: Scheduler = Field(default_factory=lambda: Scheduler.model_validate({}), description="Default: cosine.")
     accumulate: Count | None = Field(None, description="Batches for one optimizer step. Default: accelerate's setting, 1.")
     clip_norm: Positive | None = Field(None, description="Largest norm of the gradient. Default: no limit.")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = Field(
@@ -352,12 +362,17 @@ class Evaluator(Section):
 class Recipe(Section):
     """A whole distillation: who teaches whom, on what data, what is compared, and how it is trained."""
 
-    teacher: Model | None = Field(None, description="The model that is imitated. Without one, the student learns from targets alone.")
+    teacher: Model | None = Field(
+        None, description="The model that is imitated. Without one, the student learns from targets alone."
+    )
     teachers: dict[str, Model] = Field({}, description="Several teachers by name, for teacher_model in the matches.")
     student: Model = Field(description="The model that is trained.")
     data: Data = Field(description="What is trained on.")
     matches: list[AnyMatch] = Field(min_length=1, description="What is compared with what, by which loss.")
     trainer: Training = Field(description="How it is trained.")
+    import_from: list[str] = Field(
+        [], description="Folders in which the modules of factories are looked for, beside the folder of the recipe."
+    )
     evaluators: list[Evaluator] = Field([], description="Default: losses, where there are rows to measure on.")
 
     @model_validator(mode="after")
