@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import HookDistillError as HookDistillError
     from .errors import LossError as LossError
     from .errors import MatchError as MatchError
+    from .errors import RecipeError as RecipeError
     from .errors import TrainerError as TrainerError
     from .evaluation import Evaluation as Evaluation
     from .evaluation import Evaluator as Evaluator
@@ -48,6 +49,7 @@ _HOMES = {
     "Match": "matches",
     "MatchError": "errors",
     "Plan": "plan",
+    "RecipeError": "errors",
     "StudentMetric": "evaluation",
     "TrainResult": "trainer",
     "Trainer": "trainer",

@@ -26,6 +26,7 @@ EXPORTED = {
     "Match",
     "MatchError",
     "Plan",
+    "RecipeError",
     "StudentMetric",
     "TrainResult",
     "Trainer",

@@ -22,7 +22,7 @@ from ..plan import Plan
 from ..trainer import Trainer
 from . import document as documents
 from .batching import Collate
-from .comparing import build_match
+from .comparing import build_match, unknown_keys
 from .document import Document, Location
 from .importing import look_in
 from .measuring import build_evaluator
@@ -30,7 +30,7 @@ from .models import build_model, first_source, resolved
 from .optimizing import optimizer, scheduler
 from .problems import explain
 from .rows import read_rows, split
-from .schema import Recipe
+from .schema import MatchItem, OldMatch, Recipe
 
 Made = TypeVar("Made")
 
@@ -114,11 +114,7 @@ class Run:
     @cached_property
     def matches(self) -> list[Match]:
         """The entries."""
-        folder = self.document.folder
-        return [
-            self._built(("matches", i), lambda item=item: build_match(item, folder))  # type: ignore[misc]
-            for i, item in enumerate(self.recipe.matches)
-        ]
+        return [self._match(i, item) for i, item in enumerate(self.recipe.matches)]
 
     @cached_property
     def distiller(self) -> Distiller:
@@ -191,6 +187,14 @@ class Run:
         partial.replace(file)
         return file
 
+    def _match(self, position: int, item: MatchItem | OldMatch) -> Match:
+        folder = self.document.folder
+        with self.document.at("matches", position):
+            for key, problem in unknown_keys(item, folder).items():
+                with self.document.at("matches", position, key):
+                    raise RecipeError(problem)
+            return build_match(item, folder)
+
     def _collate(self) -> Collate:
         recipe = self.recipe
         models = [recipe.student, recipe.teacher, *recipe.teachers.values()]
@@ -216,6 +220,21 @@ class Run:
         with self.document.at(*location):
             return build()
 
+    def _headless(self, error: str) -> str:
+        """A hint, where an output is missing that models with a head have and these may not."""
+        specs = {"teacher": self.recipe.teacher, "student": self.recipe.student}
+        bare = [role for role, spec in specs.items() if spec is not None and not spec.architecture and not spec.factory]
+        if "has no leaf" not in error or not bare:
+            return ""
+        kinds = " and ".join(f"{role} is a {type(getattr(self, role)).__name__}" for role in bare)
+        return f" The {kinds}; a class with a head is chosen by {bare[0]}.architecture, as in AutoModelForCausalLM"
+
+    def _without_loss(self, location: Location) -> str:
+        """A hint, where the loss is one that nobody chose."""
+        if len(location) < 2 or "loss" in self.recipe.matches[int(location[1])].model_fields_set:
+            return ""
+        return " (There is no key loss in it, so it is mse)"
+
     @contextlib.contextmanager
     def _matches(self) -> Iterator[None]:
         """Errors of the distiller say which entry of the recipe they come from."""
@@ -227,7 +246,7 @@ class Run:
                 if str(error).startswith((f"{match.label}:", f"{match.label} #")):
                     location = ("matches", position)
             with self.document.at(*location):
-                raise
+                raise MatchError(f"{error}{self._headless(str(error))}{self._without_loss(location)}") from error
         except HookDistillError:
             with self.document.at("data"):
                 raise

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, did_you_mean, listing
+from ..errors import did_you_mean, listing
+from ..losses.registry import loss_spec
 from ..matches import Match, as_matches
-from .importing import import_object
+from .importing import check_types, import_object
 from .schema import MatchItem, OldMatch, Schedule
 
 
@@ -35,7 +36,7 @@ def build_match(item: MatchItem | OldMatch, folder: Path) -> Match:
     Raises:
         HookDistillError: an unknown loss or argument, an address that does not parse, contradictions.
     """
-    given = item.model_dump(include=item.model_fields_set, exclude={"weight", "temperature"})
+    given = item.model_dump(include=item.model_fields_set & {*type(item).model_fields} - {"weight", "temperature"})
     for name in ("weight", "temperature"):
         if name in item.model_fields_set:
             given[name] = _course(getattr(item, name))
@@ -45,12 +46,29 @@ def build_match(item: MatchItem | OldMatch, folder: Path) -> Match:
         return match
     if "loss" in given:
         given["loss"] = _loss(given["loss"], folder)
-    extra = [key for key in item.model_extra or {} if not key.isidentifier()]
-    if extra:
-        raise RecipeError(f"{extra[0]!r} is no key of a match.{did_you_mean(extra[0], MatchItem.model_fields)}")
-    if unfit := sorted({"inputs"} & set(given)):
-        raise RecipeError(f"{listing(unfit)} cannot stand in a recipe")
     return Match(given.pop("teacher", None), given.pop("student"), **given, **(item.model_extra or {}))
+
+
+def unknown_keys(item: MatchItem | OldMatch, folder: Path) -> dict[str, str]:
+    """Keys that are neither those of a match nor arguments of its loss, each with what to say about it.
+
+    Raises:
+        HookDistillError: an unknown loss, or an argument of another type.
+    """
+    extra = item.model_extra or {}
+    if not isinstance(item, MatchItem) or not extra:
+        return {}
+    spec = loss_spec(_loss(item.loss, folder))
+    check_types(spec.function, extra, spec.name)
+    known = [*spec.parameters, *(["reduction"] if spec.accepts_reduction else [])]
+    own = [name for name in known if name not in MatchItem.model_fields]
+    return {
+        key: f"neither a key of a match nor an argument of the loss {spec.name!r}."
+        f"{did_you_mean(key, [*MatchItem.model_fields, *own])} Keys of a match are {listing(MatchItem.model_fields, most=20)}; "
+        f"arguments of {spec.name} are {listing(own)}"
+        for key in extra
+        if key not in known and not spec.accepts_any
+    }
 
 
 def _course(value: float | Schedule) -> Any:

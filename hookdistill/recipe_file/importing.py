@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
+import re
 import sys
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from ..errors import RecipeError, did_you_mean, listing
 
@@ -82,7 +88,33 @@ def check_arguments(
         raise RecipeError(f"{name} takes no argument {unknown[0]!r}.{hint} It takes {listing(keywords)}")
     needed = [p.name for p in parameters if p.name in keywords and p.default is p.empty and p.name not in arguments]
     if needed:
-        raise RecipeError(f"{name} needs the argument {needed[0]!r}; given are {listing(arguments)}")
+        has = f"which have {listing(arguments)}.{did_you_mean(needed[0], arguments)}"
+        raise RecipeError(f"{name} needs the argument {needed[0]!r}: give it in arguments, {has}")
+    check_types(function, arguments, name)
+
+
+def check_types(function: Callable[..., Any], arguments: Mapping[str, Any], name: str) -> None:
+    """Whether the values are of the types that the function's annotations say, as far as a file can hold such types.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    try:
+        hints = typing.get_type_hints(getattr(function, "__init__") if isinstance(function, type) else function)  # noqa: B009
+    except Exception:
+        return  # annotations that cannot be evaluated say nothing
+    for key, value in arguments.items():
+        try:
+            adapter = TypeAdapter(hints[key])
+        except (KeyError, PydanticSchemaGenerationError, PydanticUserError):
+            continue
+        try:
+            adapter.validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            hint = hints[key]
+            wanted = hint.__name__ if isinstance(hint, type) else re.sub(r"\b(\w+\.)+", "", str(hint))
+            reason = error.errors()[0]["msg"].lower()
+            raise RecipeError(f"{name}: {key} is {value!r:.60}, but it must be {wanted}: {reason}") from error
 
 
 def _spelled(arguments: Mapping[str, Any]) -> str:

@@ -142,12 +142,12 @@ def _siblings(config: Any) -> list[str]:
 
 
 def _keep(model: nn.Module, path: str, positions: list[int]) -> None:
-    (found, *more) = resolve(model, parse(path))
-    layers = found.module
-    if more or not isinstance(layers, (nn.ModuleList, nn.Sequential)):
-        kind = f"{len(more) + 1} modules" if more else f"a {type(layers).__name__}"
-        lists = [name for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
-        raise RecipeError(f"keep_layers: {path!r} is {kind}, not one list of layers. Lists are {listing(lists)}")
+    modules = dict(model.named_modules())
+    lists = [name for name, module in modules.items() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    if path not in lists:
+        kind = f"is a {type(modules[path]).__name__}, not a list of layers" if path in modules else "is no module"
+        raise RecipeError(f"keep_layers: {path!r} {kind}.{did_you_mean(path, lists)} Lists of layers are {listing(lists)}")
+    layers: Any = modules[path]
     count = len(layers)
     if not positions or max(positions) >= count or len(set(positions)) < len(positions):
         raise RecipeError(f"keep_layers: {path!r} has the layers 0 to {count - 1}; {positions} must be some of them, each once")
@@ -157,7 +157,7 @@ def _keep(model: nn.Module, path: str, positions: list[int]) -> None:
     for position, layer in enumerate(kept):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = position  # type: ignore[assignment]  # not a module of the model
+                module.layer_idx = position
     config = getattr(model, "config", None)
     for name in _NUMBERS_OF_LAYERS:
         if getattr(config, name, None) == count:
