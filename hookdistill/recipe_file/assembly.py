@@ -127,10 +127,10 @@ class Run:
         """What will be compared, from one dry forward of the first batch."""
         distiller = self.distiller
         with torch.random.fork_rng():
-            torch.manual_seed(self.recipe.trainer.seed)
+            torch.manual_seed(self.recipe.trainer.seed)  # of the batch, and of the adapters that are made
             batch = self._built(("data",), lambda: next(iter(self.loaders[0])))
-        with self._matches():
-            return distiller.plan(batch)
+            with self._matches():
+                return distiller.plan(batch)
 
     @cached_property
     def trainer(self) -> Trainer:

@@ -20,20 +20,21 @@ def optimizer(spec: Optimizer, *, lr: float) -> Callable[[list[nn.Parameter]], T
     """What makes the optimizer; matrices are decayed, biases and norms are not.
 
     Raises:
-        RecipeError: the class takes no such argument.
+        RecipeError: the class takes no such argument, or refuses its value.
     """
     kind = getattr(torch.optim, spec.name)
     check_arguments(kind, spec.arguments, f"torch.optim.{spec.name}", given=("params", "lr", "weight_decay"))
 
+    options = {"lr": lr, **_tuples(spec.arguments)}
+    try:
+        kind([nn.Parameter(torch.zeros(1))], **options)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"torch.optim.{spec.name} refuses {spec.arguments}: {error}") from error
+
     def make(parameters: list[nn.Parameter]) -> TorchOptimizer:
         decayed = {"params": [each for each in parameters if each.dim() > 1], "weight_decay": spec.weight_decay}
         others = {"params": [each for each in parameters if each.dim() <= 1], "weight_decay": 0.0}
-        try:
-            made: TorchOptimizer = kind(
-                [group for group in (decayed, others) if group["params"]], lr=lr, **_tuples(spec.arguments)
-            )
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"torch.optim.{spec.name} refuses {spec.arguments}: {error}") from error
+        made: TorchOptimizer = kind([group for group in (decayed, others) if group["params"]], **options)
         return made
 
     return make
