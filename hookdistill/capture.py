@@ -12,7 +12,7 @@ from .addresses import Address, parse
 from .errors import AddressError, CaptureError, CaptureKeyError, did_you_mean, listing
 from .paths import Found, is_compiled, module_paths, resolve, unwrap
 from .session import Session
-from .slots import Slot
+from .slots import Consumer, Slot
 
 
 class Capture:
@@ -60,8 +60,8 @@ class Capture:
         if kind is None and session is not None:
             session.check_complete()
 
-    def open(self) -> Captured:
-        """Put the hooks on, as entering the context does."""
+    def open(self, consumer: Consumer | None = None) -> Captured:
+        """Put the hooks on, as entering the context does; a ``consumer`` gets each tensor before it is kept."""
         if self._session is not None:
             raise CaptureError("this Capture is already open; make a second one to nest it")
         slots: dict[tuple[str, str], Slot] = {}
@@ -69,7 +69,7 @@ class Capture:
         for found, address in _requests(self.model, self.addresses):
             slots.setdefault((found.path, address.key), Slot(found, address, detach=self.detach))
             spellings.setdefault(address.path, {})[found.path] = None
-        session = Session(self.model, list(slots.values()), stop=self.stop)
+        session = Session(self.model, list(slots.values()), stop=self.stop, consumer=consumer)
         session.attach()
         self._session = session
         return Captured(session, {spelling: list(paths) for spelling, paths in spellings.items()})

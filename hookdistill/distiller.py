@@ -5,23 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .addresses import Address, parse
 from .batches import BatchAdaptor, BatchKey, Inputs, check_fits, contents, given_inputs, has_item, model_inputs
 from .capture import Captured
-from .engine import DistillationLoss, Losses, in_match
-from .errors import AddressError, BatchError, HookDistillError, MatchError
+from .engine import DistillationLoss, Losses, Shares, Step, in_match
+from .errors import AddressError, BatchError, HookDistillError, MatchError, listing
 from .export import save_student
 from .matches import Match, as_matches
 from .paths import resolve, unwrap
 from .plan import Plan, check_values, expand, row
-from .recorder import Recorder, Recorders
+from .recorder import Receiver, Recorder, Recorders
 from .running import device_of, teaching, undisturbed
+
+ORDERS = ("student first", "teacher first")
 
 
 class Distiller(nn.Module):
@@ -44,6 +48,9 @@ class Distiller(nn.Module):
         batch_adaptor: ``(device, batch) -> (teacher_inputs, student_inputs)``, where the models' ``forward`` signatures do
             not tell which item of the batch goes where.
         impl: which implementation of the losses, see `DistillationLoss`.
+        order: ``"student first"``: losses are computed as the teacher's tensors come by, and each is let go at once, so that
+            no more than one of them is held. ``"teacher first"``: both models run, then the losses are computed; that is how it
+            goes in any case where student and teacher share buffers.
 
     Raises:
         MatchError: an entry cannot be carried out on these models.
@@ -58,8 +65,12 @@ class Distiller(nn.Module):
         example_batch: Any = None,
         batch_adaptor: BatchAdaptor | None = None,
         impl: str = "auto",
+        order: str = "student first",
     ) -> None:
         super().__init__()
+        if order not in ORDERS:
+            raise MatchError(f"order={order!r} is not known; it is one of {listing(ORDERS)}")
+        self.order = order
         # In a dict, so that the teachers are no submodules: they are not trained, saved or wrapped with the student.
         self._teachers: dict[str | None, nn.Module] = {}
         if teacher is not None:
@@ -72,6 +83,7 @@ class Distiller(nn.Module):
             raise BatchError(f"batch_adaptor= is a function (device, batch), got {type(batch_adaptor).__name__}")
         self.batch_adaptor = batch_adaptor
         self._recorders: Recorders | None = None
+        self._disturbs_teachers = False
         self._step = 0
         if example_batch is not None:
             self.plan(example_batch)
@@ -98,12 +110,13 @@ class Distiller(nn.Module):
         """
         return self._dry_run(batch, make_adapters=True)
 
-    def forward(self, batch: Any, *, step: int | None = None) -> Losses:
+    def forward(self, batch: Any, *, step: int | None = None, shares: Shares | None = None) -> Losses:
         """The losses of one batch.
 
         Args:
             batch: dict, ``BatchEncoding``, dataclass, tuple, list or tensor; with a `BatchAdaptor`, anything.
             step: what schedules are asked for; by default the number of training forwards so far.
+            shares: a factor on the weight of matches, by name: the batch's share in a mean over several, see `counts`.
 
         Raises:
             MatchError: a term cannot be computed or would train nothing.
@@ -113,9 +126,16 @@ class Distiller(nn.Module):
         if step is None:
             step = self._step
             self._step += int(self.training and torch.is_grad_enabled())
-        with self._captured(batch) as (teachers, student):
-            losses: Losses = self.loss(teachers, student, batch, step=step)
-        return losses
+        with self._running(batch) as run:
+            if self.order == "teacher first" or self._disturbs_teachers:
+                teachers = run.teachers()
+                return self.loss(teachers, run.student(), batch, step=step, shares=shares)  # type: ignore[no-any-return]
+            losses = self.loss.begin(run.student(), batch, step=step, shares=shares)
+            return losses.finish(run.teachers(partial(self._receive, losses)))
+
+    def counts(self, batch: Any) -> dict[str, Tensor]:
+        """For each match that is a mean, the number of valid positions in ``batch``: see `DistillationLoss.counts`."""
+        return self.loss.counts(batch)
 
     def export(self, path: str | os.PathLike[str]) -> None:
         """Write the student alone to the folder ``path``: ``save_pretrained`` where it has that, else ``model.safetensors``."""
@@ -127,21 +147,32 @@ class Distiller(nn.Module):
             self._recorders.close()
             self._recorders = None
 
+    def _receive(self, losses: Step, teacher: str | None, address: Address, tensor: Tensor) -> bool:
+        """Compute what waits for this tensor of a teacher, if that can be done at once."""
+        names = self.loss.streams.get((teacher, address))
+        if names is None:
+            return False
+        captures: Any = {address.path: {address.key: tensor}}
+        losses.offer(names, captures if teacher is None else {teacher: captures})
+        return True
+
     def _dry_run(self, batch: Any, *, make_adapters: bool) -> Plan:
         opened_here, adapters = self._recorders is None, set(self.adapters)
         try:
-            with self._captured(batch, dry=True) as (teachers, student):
+            with self._running(batch, dry=True) as run, undisturbed(self.student):
+                teachers, student = run.teachers(), run.student()
+                losses = self.loss.begin(student, batch, step=self._step)
                 compared = {}
                 for name, term in self.loss.terms.items():
                     with in_match(name):
-                        compared[name] = ours, theirs, mask = self.loss.tensors(name, teachers, student, batch)
-                        check_values(term, ours, theirs, mask)
+                        compared[name] = tensors = self.loss.tensors(name, teachers, student, batch)
+                        check_values(term, tensors.student, tensors.other, tensors.mask)
                         if make_adapters:
-                            self.loss.add_adapter(name, ours, theirs)
-                parts = self.loss(teachers, student, batch, step=self._step).parts
+                            self.loss.add_adapter(name, tensors.student, tensors.other)
+                parts = losses.finish(teachers).parts
                 rows = tuple(
-                    row(name, self.loss.terms[name], ours, theirs, self.loss.adapter(name), float(parts[name]))
-                    for name, (ours, theirs, _) in compared.items()
+                    row(name, self.loss.terms[name], tensors, self.loss.adapter(name), losses.choices[name], float(parts[name]))
+                    for name, tensors in compared.items()
                 )
         except BaseException:
             if opened_here:
@@ -152,22 +183,14 @@ class Distiller(nn.Module):
         return Plan(rows=rows, inputs=self._inputs(batch).lines())
 
     @contextlib.contextmanager
-    def _captured(self, batch: Any, *, dry: bool = False) -> Iterator[tuple[Any, Captured]]:
-        """Both models run on ``batch``: the captures of teacher (or teachers by name) and student, cleared afterwards."""
+    def _running(self, batch: Any, *, dry: bool = False) -> Iterator[_Run]:
+        """Both models, ready to run on ``batch``; what they capture is let go afterwards."""
         if self._recorders is None:
             self._open(batch)
         recorders = self._recorders
         assert recorders is not None
-        inputs = self._inputs(batch)
-        home = device_of(self.student)
         try:
-            with undisturbed(self.student) if dry else contextlib.nullcontext():
-                teachers = {}
-                for name, recorder in recorders.teachers.items():
-                    with teaching(recorder.model):
-                        device = device_of(recorder.model, otherwise=home)
-                        teachers[name] = _run(recorder, inputs.teachers[name].to(device), dry=dry)
-                yield teachers.get(None, teachers), _run(recorders.student, inputs.student.to(home), dry=dry)
+            yield _Run(recorders, self._inputs(batch), device_of(self.student), dry)
         finally:
             recorders.clear()
 
@@ -184,11 +207,14 @@ class Distiller(nn.Module):
         try:
             # A teacher of which no match wants a tensor is not run at all.
             wanted = {name: addresses for name in self._teachers if (addresses := self._teacher_addresses(name))}
-            teachers = {name: Recorder(self._teachers[name], each, stop=True) for name, each in wanted.items()}
+            teachers = {name: Recorder(self._teachers[name], each, stop=True, hands_over=True) for name, each in wanted.items()}
         except BaseException:
             student.close()
             raise
         self._recorders = Recorders(student, teachers)
+        # Statistics of a batch norm that both use would be those after the student's forward.
+        buffers = set(map(id, self.student.buffers()))
+        self._disturbs_teachers = any(id(each) in buffers for name in wanted for each in self._teachers[name].buffers())
         weakref.finalize(self, self._recorders.close)
 
     def _teacher_addresses(self, name: str | None) -> list[Address]:
@@ -243,19 +269,40 @@ class _AllInputs(NamedTuple):
         return tuple(f"{name} is called with {inputs}" for name, inputs in named.items())
 
 
-def _run(recorder: Recorder, inputs: Inputs, *, dry: bool) -> Captured:
-    """Call the model; in a dry run, what it raises says which model it was and what it was called with."""
-    if not dry:
-        return recorder.run(inputs)
-    try:
-        return recorder.run(inputs, whole=True)
-    except (HookDistillError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        kind = type(unwrap(recorder.model)).__name__
-        raise BatchError(
-            f"{kind}.forward raised {type(error).__name__}: {error}\nIt was called with {inputs.described()}"
-        ) from error
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The models of one step with their inputs; in a dry run to their ends, and errors say which model was called with what."""
+
+    recorders: Recorders
+    inputs: _AllInputs
+    home: torch.device
+    dry: bool
+
+    def student(self) -> Captured:
+        """Run the student."""
+        return self._run(self.recorders.student, self.inputs.student.to(self.home))
+
+    def teachers(self, receive: Callable[[str | None, Address, Tensor], bool] | None = None) -> Any:
+        """Run the teachers: their captures, by name where they have one. ``receive`` is offered each tensor first."""
+        captures = {}
+        for name, recorder in self.recorders.teachers.items():
+            with teaching(recorder.model):
+                inputs = self.inputs.teachers[name].to(device_of(recorder.model, otherwise=self.home))
+                captures[name] = self._run(recorder, inputs, None if receive is None else partial(receive, name))
+        return captures.get(None, captures)
+
+    def _run(self, recorder: Recorder, inputs: Inputs, receiver: Receiver | None = None) -> Captured:
+        if not self.dry:
+            return recorder.run(inputs, receiver=receiver)
+        try:
+            return recorder.run(inputs, whole=True)
+        except (HookDistillError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            kind = type(unwrap(recorder.model)).__name__
+            raise BatchError(
+                f"{kind}.forward raised {type(error).__name__}: {error}\nIt was called with {inputs.described()}"
+            ) from error
 
 
 def _adapted(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .addresses import Address, Segment
+from .engine import Choice, Compared
 from .errors import AddressError, MatchError, listing
 from .layer_maps import LAYER_MAPS
 from .matches import Match
@@ -30,6 +31,8 @@ class PlanRow:
     loss: str
     weight: str
     mask: str
+    implementation: str
+    """What computes the loss in training, and why that."""
     value: float
 
 
@@ -48,11 +51,11 @@ class Plan:
         return len(self.rows)
 
     def __str__(self) -> str:
-        headings = ("student", "shape", "teacher / target", "shape", "dtype", "adapter", "loss", "weight", "mask", "now")
+        headings = ("student", "shape", "teacher / target", "shape", "dtype", "adapter", "loss", "weight", "mask", "by", "now")
         cells = [
             (
                 *(row.student, str(list(row.student_shape)), row.teacher, str(list(row.teacher_shape)), row.dtypes),
-                *(row.adapter, row.loss, row.weight, row.mask, f"{row.value:.4g}"),
+                *(row.adapter, row.loss, row.weight, row.mask, row.implementation, f"{row.value:.4g}"),
             )
             for row in self.rows
         ]
@@ -106,8 +109,9 @@ def check_values(term: Match, student: Tensor, other: Tensor, mask: Tensor | Non
             )
 
 
-def row(name: str, term: Match, student: Tensor, other: Tensor, adapter: nn.Module | None, value: float) -> PlanRow:
+def row(name: str, term: Match, tensors: Compared, adapter: nn.Module | None, choice: Choice, value: float) -> PlanRow:
     """The line of the plan for one comparison."""
+    student, other = tensors.student, tensors.other
     spec, temperature = term.spec, term.temperature
     options = [f"{key}={setting!r}" for key, setting in term.loss_args.items()]
     if spec.accepts_temperature and temperature != 1.0:
@@ -128,6 +132,7 @@ def row(name: str, term: Match, student: Tensor, other: Tensor, adapter: nn.Modu
         loss=spec.name + (f"({', '.join(options)})" if options else ""),
         weight="schedule" if callable(term.weight) else f"{term.weight:g}",
         mask="" if term.mask is None else _source_name(term.mask),
+        implementation=str(choice),
         value=value,
     )
 

@@ -25,7 +25,7 @@ from .diagnosis import in_reentrant_checkpoint, is_running, outermost_running, r
 from .errors import CaptureError, listing
 from .paths import CallWrapper, Found, forward_signature, module_paths, unwrap
 from .selection import Parameters, select_input, select_output
-from .slots import Slot, keep, twin_of
+from .slots import Consumer, Slot, keep, twin_of
 
 _graph_task_id = torch._C._current_graph_task_id
 _thread_id = threading.get_ident
@@ -42,10 +42,11 @@ class Stop(BaseException):
 class Session:
     """The hooks of one capture while they are on, and the state of the running or last forward."""
 
-    def __init__(self, model: nn.Module, slots: Sequence[Slot], *, stop: bool) -> None:
+    def __init__(self, model: nn.Module, slots: Sequence[Slot], *, stop: bool, consumer: Consumer | None = None) -> None:
         self.model = model
         self.slots = slots
         self.stop = stop
+        self.consumer = consumer
         self.depth = 0
         self.state = "no forward"
         self.grad = False
@@ -412,7 +413,7 @@ class _Hook(_Guarded):
         if session.grad and not slot.detach and not _is_grad_enabled() and not is_dynamo_compiling():
             slot.gradless = slot.gradless or in_reentrant_checkpoint()
             slot.marked = slot.marked or slot.gradless
-        if slot.offer(take):
+        if slot.offer(take, session.consumer):
             session.satisfied()
 
     def hears(self) -> bool:
@@ -453,7 +454,8 @@ class _OutputHook(_Hook):
     words = ("output",)
 
     def place(self, module: nn.Module) -> None:
-        self.only = self.slots[0] if len(self.slots) == 1 and self.slots[0].plain else None
+        short = len(self.slots) == 1 and self.slots[0].plain and self.session.consumer is None
+        self.only = self.slots[0] if short else None
         self.handles = [(module.register_forward_hook(self), module._forward_hooks)]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -65,13 +65,19 @@ def _was_changed(tensor: Tensor, twin: Tensor) -> bool:
     )
 
 
+Consumer = Callable[["Slot", Tensor], bool]
+"""Gets a tensor as soon as it comes, before anything can overwrite it, and says whether it is done with it."""
+
+
 class Slot:
     """What one forward has offered for one address on one module.
 
     ``kept`` is the tensor, or the last few where the call counts from the end, or all of them for ``@*``.
     """
 
-    __slots__ = ("address", "asked", "calls", "detach", "failure", "found", "gradless", "kept", "marked", "plain", "several")
+    __slots__ = (
+        *("address", "asked", "calls", "detach", "failure", "found", "given", "gradless", "kept", "marked", "plain", "several"),
+    )
 
     def __init__(self, found: Found, address: Address, *, detach: bool) -> None:
         self.found = found
@@ -89,6 +95,8 @@ class Slot:
         self.calls = 0
         self.failure: str | None = None
         self.asked = False
+        self.given = False
+        """Its tensor went to a consumer, and is not kept."""
         self.gradless = False
         """Made under the no_grad of a reentrant checkpoint, whose own outputs get their gradient only later."""
         self.kept: Kept | deque[Kept] | None = None
@@ -99,7 +107,7 @@ class Slot:
         """Nothing true can be handed over of this forward."""
         self.failure, self.marked = why, True
 
-    def offer(self, take: Callable[[], Tensor]) -> bool:
+    def offer(self, take: Callable[[], Tensor], consumer: Consumer | None = None) -> bool:
         """Count one call of the module and keep its tensor if it is the one; whether the slot needs no further call."""
         number, wanted = self.calls, self.address.call
         self.calls = number + 1
@@ -112,6 +120,9 @@ class Slot:
             tensor = take()
         except CaptureError as error:
             self.fail(str(error))
+            return True
+        if consumer is not None and not self.several and consumer(self, tensor):
+            self.given = self.marked = True
             return True
         kept = keep(tensor.detach() if self.detach else tensor)
         if isinstance(self.kept, deque):
@@ -146,6 +157,14 @@ class Slot:
         for each in kept if isinstance(kept, list) else [kept]:
             self._true(each)
 
+    def check_calls(self) -> None:
+        """Raise if it is not clear which of several calls is meant."""
+        if self.address.call is None and self.calls > 1:
+            raise CaptureError(
+                f"capture {self.name!r}: the module ran {self.calls} times in one forward. Choose a call: {self.name}@0 to "
+                f"{self.name}@{self.calls - 1}, {self.name}@-1 for the last, or {self.name}@* for the list of all."
+            )
+
     @property
     def name(self) -> str:
         """The address with its full path."""
@@ -156,15 +175,13 @@ class Slot:
         call, kept = self.address.call, self.kept
         if self.failure:
             raise CaptureError(f"capture {self.name!r}: {self.failure}.")
-        if call is None and self.calls > 1:
-            raise CaptureError(
-                f"capture {self.name!r}: the module ran {self.calls} times in one forward. Choose a call: {self.name}@0 to "
-                f"{self.name}@{self.calls - 1}, {self.name}@-1 for the last, or {self.name}@* for the list of all."
-            )
+        self.check_calls()
         if isinstance(kept, deque):
             if call == "*":
                 return list(kept)
             kept = kept[0] if len(kept) == kept.maxlen else None
+        if kept is None and self.given:
+            raise CaptureError(f"capture {self.name!r}: the tensor was handed over as soon as it came, and is not kept.")
         if kept is None:
             ran = "once" if self.calls == 1 else f"{self.calls} times"
             raise CaptureError(f"capture {self.name!r}: the module ran {ran} in this forward, so there is no call {call}.")

@@ -1,0 +1,11 @@
+"""Matches + captured tensors + batch → the losses of one step."""
+
+from .blame import in_match as in_match
+from .fast import IMPLEMENTATIONS as IMPLEMENTATIONS
+from .fast import Choice as Choice
+from .lookup import Captures as Captures
+from .stage import DistillationLoss as DistillationLoss
+from .step import Losses as Losses
+from .step import Shares as Shares
+from .step import Step as Step
+from .terms import Compared as Compared

@@ -1,0 +1,96 @@
+"""Blocks of rows through Inductor: one compilation for each program, whatever the number of rows.
+
+The block function is traced with ``make_fx`` for a symbolic number of rows and handed to Inductor as a graph. That goes round
+``torch.compile``, whose guards would be checked at every call and whose limit of recompilations is shared by all programs.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rows import Program, block_losses
+
+Compiled = Callable[..., Tensor]
+
+_compiled: dict[tuple[Any, ...], Compiled | None] = {}
+
+
+@functools.cache
+def compiler_available() -> bool:
+    """Whether Inductor finds a C++ compiler that works at all."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        return shutil.which(str(get_cpp_compiler())) is not None
+    except Exception:  # Inductor's own exceptions differ between releases
+        return False
+
+
+def compiled_block(
+    program: Program,
+    student: Tensor,
+    others: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    scalars: Tensor,
+    gradient: Tensor | None,
+) -> Tensor:
+    """`block_losses`, compiled the first time that a program is seen; as it stands where it cannot be compiled."""
+    tensors = [student, *others, *weights, scalars, *([] if gradient is None else [gradient])]
+    if student.shape[0] < 2 or not all(tensor.is_contiguous() for tensor in tensors):
+        return block_losses(program, student, others, weights, scalars, gradient)
+    key = (program, gradient is None, len(others), *((tensor.dtype, tensor.device) for tensor in tensors))
+    if key not in _compiled:
+        _compiled[key] = _compile(program, len(others), len(weights), tensors)
+    function = _compiled[key]
+    if function is None:
+        return block_losses(program, student, others, weights, scalars, gradient)
+    return function(*tensors)
+
+
+def _compile(program: Program, others: int, weights: int, tensors: Sequence[Tensor]) -> Compiled | None:
+    def block(student: Tensor, *rest: Tensor) -> Tensor:
+        theirs, rest = rest[:others], rest[others:]
+        shares, (scalars, *gradient) = rest[:weights], rest[weights:]
+        return block_losses(program, student, theirs, shares, scalars, gradient[0] if gradient else None)
+
+    try:
+        return _inductor(block, tensors, scalars=1 + others + weights)
+    except Exception as error:
+        warnings.warn(
+            f"Inductor could not compile a loss, which runs uncompiled now and slower: {type(error).__name__}: "
+            f"{str(error).splitlines()[0]}. impl='eager' avoids this",
+            stacklevel=2,
+        )
+        return None
+
+
+def _inductor(function: Callable[..., Tensor], tensors: Sequence[Tensor], *, scalars: int) -> Compiled:
+    """Compile for any number of rows: the first dimension of all tensors but number ``scalars``."""
+    import torch._inductor as inductor
+    from torch._dynamo.source import ConstantSource
+    from torch._inductor import config
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def fake(number: int, tensor: Tensor) -> Tensor:
+        rows = DimDynamic.STATIC if number == scalars else DimDynamic.DYNAMIC
+        sizes = [rows, *[DimDynamic.STATIC] * (tensor.dim() - 1)]
+        context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=sizes)
+        return mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(f"tensor_{number}"))
+
+    fakes = [fake(number, tensor) for number, tensor in enumerate(tensors)]
+    with torch.no_grad(), config.patch(compile_threads=1), mode:
+        graph = make_fx(function)(*fakes)
+        if not isinstance(fakes[0].shape[0], torch.SymInt) or fakes[0].shape[0].node.maybe_as_int() is not None:
+            raise RuntimeError("the number of rows was taken for a constant")
+        return inductor.compile(graph, fakes)

@@ -1,0 +1,308 @@
+"""Row-wise losses of one student tensor: every term in one pass over its rows, values and gradient together.
+
+A `RowTask` is a student tensor and all terms on it. It is cut into blocks of rows; `block_losses` does one block, as it stands
+or compiled (`compiler`), and writes the block's gradient. So nothing of the size of the tensors is held but the gradient, and
+the teacher's tensors are free as soon as this returns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..losses.reduction import working_dtype
+from .forms import FORMS, Form, Softmax
+
+Block = tuple[slice, ...]
+BlockFunction = Callable[["Program", Tensor, Sequence[Tensor], Sequence[Tensor], Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RowTerm:
+    """One loss on a student tensor.
+
+    Args:
+        form: its closed form.
+        constants: the loss's own arguments.
+        other: the teacher's tensor, of the student's shape; or labels, of the shape of its positions.
+        valid: bool, which positions count; ``None`` for all.
+        mean: divide by their number.
+        temperature: a number or a tensor without dimensions; one for features and labels.
+        coefficient: what the gradient is multiplied by; likewise.
+    """
+
+    form: Form
+    other: Tensor
+    constants: tuple[tuple[str, float], ...] = ()
+    valid: Tensor | None = None
+    mean: bool = True
+    temperature: float | Tensor = 1.0
+    coefficient: float | Tensor = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RowTask:
+    """A student tensor, which of its dimensions holds the features or classes, and the terms on it."""
+
+    student: Tensor
+    dim: int = -1
+    terms: list[RowTerm] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowLosses:
+    """The values of the terms, ``[terms]``, without their coefficients; their sum with them, and its gradient."""
+
+    values: Tensor
+    total: Tensor
+    gradient: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramTerm:
+    """A term by numbers: of its teacher tensor, its row weights and its temperature among those of the program."""
+
+    form: str
+    constants: tuple[tuple[str, float], ...]
+    other: int
+    weight: int
+    masked: bool
+    temperature: int
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What is computed for a block, apart from the tensors; equal programs can share compiled code."""
+
+    terms: tuple[ProgramTerm, ...]
+    width: int
+    work: torch.dtype
+
+
+def block_losses(
+    program: Program,
+    student: Tensor,
+    others: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    scalars: Tensor,
+    gradient: Tensor | None,
+) -> Tensor:
+    """The terms' values on some rows, ``[terms]``; their gradient is written to ``gradient``, unless that is ``None``.
+
+    Args:
+        student: ``[rows, width]``.
+        others: teachers ``[rows, width]`` and labels ``[rows]``.
+        weights: for each row its share in the mean, ``[rows]``, zero where it does not count.
+        scalars: the coefficients of the terms, then the temperatures.
+    """
+    s = student.to(program.work)
+    softmaxes: dict[tuple[int, int], Softmax] = {}  # by teacher, the student's being -1, and temperature
+
+    def softmax(which: int, temperature: int) -> Softmax:
+        if (which, temperature) not in softmaxes:
+            logits = s if which < 0 else others[which].to(program.work)
+            heat = 1.0 if temperature < 0 else scalars[len(program.terms) + temperature]
+            softmaxes[which, temperature] = Softmax.of(logits if temperature < 0 else logits / heat)
+        return softmaxes[which, temperature]
+
+    values, total = [], None
+    for number, term in enumerate(program.terms):
+        form, constants = FORMS[term.form], dict(term.constants)
+        weight, coefficient = weights[term.weight], scalars[number]
+        if form.family == "features":
+            value, slope = form.function(s, others[term.other].to(program.work), program.width, constants)
+        elif form.family == "labels":
+            value, slope = form.function(softmax(-1, -1), others[term.other], constants)
+        else:
+            heat = scalars[len(program.terms) + term.temperature]
+            value, slope = form.function(softmax(-1, term.temperature), softmax(term.other, term.temperature), constants)
+            value, coefficient = value * heat * heat, coefficient * heat
+        counts = weight != 0
+        if term.masked:  # NaN times zero is NaN
+            value = torch.where(counts, value, 0.0)
+        values.append((value * weight).sum())
+        if gradient is not None:
+            slope = slope * (weight * coefficient).unsqueeze(-1)
+            if term.masked:
+                slope = torch.where(counts.unsqueeze(-1), slope, 0.0)
+            total = slope if total is None else total + slope
+    if gradient is not None and total is not None:
+        gradient.copy_(total)
+    return torch.stack(values)
+
+
+def run_rows(task: RowTask, function: BlockFunction, *, most: int, gradient: bool) -> RowLosses:
+    """All terms of a task, in blocks of at most ``most`` elements (but at least one row)."""
+    student, dtype = task.student.detach(), working_dtype(task.student, *(term.other for term in task.terms))
+    cut = _cut(task)
+    others, other_number = _distinct([term.other for term in task.terms])
+    weights, weight_number = _row_weights(task, cut, dtype)
+    temperatures, temperature_number = _temperatures(task)
+    scalars = _scalars([*(term.coefficient for term in task.terms), *temperatures], student.device, dtype)
+    program = Program(
+        tuple(
+            ProgramTerm(
+                term.form.name,
+                term.constants,
+                other_number[position],
+                weight_number[position],
+                term.valid is not None,
+                temperature_number[position],
+            )
+            for position, term in enumerate(task.terms)
+        ),
+        student.shape[task.dim],
+        dtype,
+    )
+    ours, theirs = cut.rows(student), [cut.rows(o) if o.ndim == student.ndim else cut.positions(o) for o in others]
+    slopes = torch.empty_like(student, dtype=gradient_dtype(student)) if gradient else None
+    out = None if slopes is None else cut.rows(slopes)
+    values = torch.zeros(len(task.terms), dtype=dtype, device=student.device)
+    for block in blocks(ours.shape, most):
+        flat = ours.ndim == 2
+        part = (
+            None if out is None else out[block] if flat else torch.empty(ours[block].shape, dtype=out.dtype, device=out.device)
+        )
+        values += function(
+            program,
+            _flat(ours[block]),
+            [_flat(o[block]) if o.ndim == ours.ndim else o[block].reshape(-1) for o in theirs],
+            [w[block].reshape(-1) for w in weights],
+            scalars,
+            None if part is None else _flat(part),
+        )
+        if out is not None and part is not None and not flat:
+            out[block] = part
+    return RowLosses(values, values @ scalars[: len(task.terms)], slopes)
+
+
+def gradient_dtype(student: Tensor) -> torch.dtype:
+    """What a gradient is kept in until it is asked for: float16 would lose small ones before a loss scale can save them."""
+    return torch.float32 if student.dtype is torch.float16 else student.dtype
+
+
+def blocks(shape: Sequence[int], most: int) -> Iterator[Block]:
+    """Slices of the leading dimensions (all but the last) that cut a tensor into blocks of about ``most`` elements."""
+    *leading, width = shape
+    inner = [width * math.prod(leading[dim + 1 :]) for dim in range(len(leading))]
+    cut = next((dim for dim, size in enumerate(inner) if size <= most), len(leading) - 1)
+    step = max(1, most // max(inner[cut], 1))
+    outer = itertools.product(*(range(size) for size in leading[:cut]))
+    for index in outer:
+        for start in range(0, leading[cut], step):
+            yield (*(slice(i, i + 1) for i in index), slice(start, min(start + step, leading[cut])))
+
+
+class _Cut:
+    """How tensors of the student's shape are seen as rows: features last, and ``[rows, width]`` where that is a view."""
+
+    def __init__(self, dim: int, flat: bool) -> None:
+        self.dim, self.flat = dim, flat
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        last = tensor.movedim(self.dim, -1)
+        return last.view(-1, last.shape[-1]) if self.flat else last.unsqueeze(0) if last.ndim == 1 else last
+
+    def positions(self, tensor: Tensor) -> Tensor:
+        """The same for one entry for each position; these are small, and may be copied."""
+        return tensor.reshape(-1) if self.flat else tensor.unsqueeze(0) if tensor.ndim == 0 else tensor
+
+
+class _Whole(_Cut):
+    """For losses that are sums over single elements: a row is all of one item of the batch."""
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        return tensor.view(tensor.shape[0], -1)
+
+    def positions(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(tensor.shape[0], -1)[:, 0]
+
+
+def _cut(task: RowTask) -> _Cut:
+    student, dim = task.student, task.dim % task.student.ndim
+    tensors = [student, *(term.other for term in task.terms if term.other.ndim == student.ndim)]
+    if dim == student.ndim - 1:
+        return _Cut(-1, all(_collapses(tensor) for tensor in tensors))
+    elementwise = all(term.form.elementwise for term in task.terms) and dim > 0
+    if elementwise and all(tensor.is_contiguous() for tensor in tensors) and all(map(_same_within_item, task.terms)):
+        return _Whole(dim, flat=True)
+    return _Cut(dim, flat=False)
+
+
+def _collapses(tensor: Tensor) -> bool:
+    """Whether the leading dimensions can be seen as one, with the last one dense."""
+    strides, shape = tensor.stride(), tensor.shape
+    if tensor.ndim == 0 or strides[-1] != 1:
+        return False
+    real = [(size, stride) for size, stride in zip(shape[:-1], strides[:-1], strict=True) if size != 1]
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in itertools.pairwise(real)) and (
+        not real or real[-1][1] >= shape[-1]
+    )
+
+
+def _same_within_item(term: RowTerm) -> bool:
+    valid = term.valid
+    return valid is None or all(stride == 0 for stride in valid.stride()[1:])
+
+
+def _distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The tensors without repetitions, and for each its number among them."""
+    found: dict[int, int] = {}
+    distinct: list[Tensor] = []
+    for tensor in tensors:
+        if id(tensor) not in found:
+            found[id(tensor)] = len(distinct)
+            distinct.append(tensor)
+    return distinct, [found[id(tensor)] for tensor in tensors]
+
+
+def _row_weights(task: RowTask, cut: _Cut, dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
+    """For each row its share in the mean of a term: terms with the same mask have theirs in common."""
+    student = task.student
+    positions = [size for dim, size in enumerate(student.shape) if dim != task.dim % student.ndim]
+    found: dict[tuple[int | None, bool], int] = {}
+    weights: list[Tensor] = []
+    numbers = []
+    for term in task.terms:
+        key = (None if term.valid is None else id(term.valid), term.mean)
+        if key not in found:
+            found[key] = len(weights)
+            if term.valid is None:
+                share = 1 / max(math.prod(positions), 1) if term.mean else 1.0
+                shares = torch.full((1,), share, dtype=dtype, device=student.device).expand(positions)
+            else:
+                counted = term.valid.to(dtype)
+                shares = counted / counted.sum().clamp_min(1) if term.mean else counted
+            weights.append(cut.positions(shares))
+        numbers.append(found[key])
+    return weights, numbers
+
+
+def _temperatures(task: RowTask) -> tuple[list[float | Tensor], list[int]]:
+    temperatures: list[float | Tensor] = []
+    numbers = []
+    for term in task.terms:
+        same = [n for n, each in enumerate(temperatures) if each is term.temperature or _equal(each, term.temperature)]
+        numbers.append(same[0] if same else len(temperatures))
+        if not same:
+            temperatures.append(term.temperature)
+    return temperatures, numbers
+
+
+def _equal(one: float | Tensor, other: float | Tensor) -> bool:
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
+
+
+def _scalars(numbers: Sequence[float | Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    if not any(isinstance(number, Tensor) for number in numbers):
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.stack([torch.as_tensor(number, dtype=dtype, device=device) for number in numbers])
+
+
+def _flat(block: Tensor) -> Tensor:
+    return block if block.ndim == 2 else block.reshape(-1, block.shape[-1])
