@@ -38,4 +38,4 @@ for module in (recipes, runs, models):
 
 def main() -> None:
     """Run the command line; a mistake of the user's ends in its message and exit code 2, not in a traceback."""
-    app()
+    app(prog_name="hookdistill")
