@@ -84,11 +84,11 @@ def _at(data: Any, location: Location) -> Any:
 
 def _wrong(location: Location, value: Any, data: Any) -> str:
     annotation, field = _annotation(location, data), _field(location, data)
-    allowed = _allowed(annotation, field.metadata if field is not None else ())
+    may_be = allowed(annotation, field.metadata if field is not None else ())
     words = [each for each in _literals(annotation) if isinstance(each, str)]
     hint = did_you_mean(value, words) if isinstance(value, str) else ""
     help_text = f" {field.description}" if field is not None and field.description else ""
-    return f"{dotted(location)} is {_shown(value)}; it must be {allowed}.{hint}{help_text}"
+    return f"{dotted(location)} is {_shown(value)}; it must be {may_be}.{hint}{help_text}"
 
 
 def _shown(value: Any) -> str:
@@ -178,19 +178,19 @@ def _literals(annotation: Any) -> list[Any]:
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "null", Any: "anything"}
 
 
-def _allowed(annotation: Any, metadata: Iterable[Any] = ()) -> str:
-    """``a whole number above 0 or null``."""
+def allowed(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    """What a value may be, in words: ``a whole number above 0 or null``."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _allowed(arguments[0], [*arguments[1:], *metadata])
+        return allowed(arguments[0], [*arguments[1:], *metadata])
     if _is_union(annotation):
-        return " or ".join(dict.fromkeys(_allowed(each, metadata) for each in arguments))
+        return " or ".join(dict.fromkeys(allowed(each, metadata) for each in arguments))
     if origin is Literal:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(str(each) for each in arguments)
     if origin is list:
-        return f"a list (of each {_allowed(arguments[0])})"
+        return f"a list (of each {allowed(arguments[0])})"
     if origin is dict:
-        return "a mapping" + ("" if arguments[1] is Any else f" (of each {_allowed(arguments[1])})")
+        return "a mapping" + ("" if arguments[1] is Any else f" (of each {allowed(arguments[1])})")
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"a mapping with keys such as {', '.join(list(annotation.model_fields)[:4])}"
     return _WORDS.get(annotation, str(annotation)) + _limits(annotation, metadata)
