@@ -9,6 +9,7 @@ from types import TracebackType
 from torch import Tensor, nn
 
 from .addresses import Address, parse
+from .attention import AttentionCall
 from .errors import AddressError, CaptureError, CaptureKeyError, did_you_mean, listing
 from .paths import Found, is_compiled, module_paths, resolve, unwrap
 from .session import Session
@@ -60,8 +61,13 @@ class Capture:
         if kind is None and session is not None:
             session.check_complete()
 
-    def open(self, consumer: Consumer | None = None) -> Captured:
-        """Put the hooks on, as entering the context does; a ``consumer`` gets each tensor before it is kept."""
+    def open(self, consumer: Consumer | None = None, *, keeps_calls: bool = False) -> Captured:
+        """Put the hooks on, as entering the context does.
+
+        Args:
+            consumer: gets each tensor before it is kept.
+            keeps_calls: keep an attention as its query, key and mask, see `Captured.attention_call`.
+        """
         if self._session is not None:
             raise CaptureError("this Capture is already open; make a second one to nest it")
         slots: dict[tuple[str, str], Slot] = {}
@@ -69,7 +75,7 @@ class Capture:
         for found, address in _requests(self.model, self.addresses):
             slots.setdefault((found.path, address.key), Slot(found, address, detach=self.detach))
             spellings.setdefault(address.path, {})[found.path] = None
-        session = Session(self.model, list(slots.values()), stop=self.stop, consumer=consumer)
+        session = Session(self.model, list(slots.values()), stop=self.stop, consumer=consumer, keeps_calls=keeps_calls)
         session.attach()
         self._session = session
         return Captured(session, {spelling: list(paths) for spelling, paths in spellings.items()})
@@ -129,6 +135,16 @@ class Captured(Mapping[str, Mapping[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def attention_call(self, layer: str, output: str) -> AttentionCall | None:
+        """Query, key and mask of an attention whose map was asked for; ``None`` where the map itself is what was kept.
+
+        Raises:
+            CaptureError: the last forward did not give it.
+        """
+        slot = self._layers[layer].slots.get(output) if layer in self._layers else None
+        value = None if slot is None else self._session.raw_value(slot)
+        return value if isinstance(value, AttentionCall) else None
 
     def clear(self) -> None:
         """Let every tensor go."""

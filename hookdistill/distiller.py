@@ -14,15 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from .addresses import Address, parse
+from .attention import AttentionCall
 from .batches import BatchAdaptor, BatchKey, Inputs, check_fits, contents, given_inputs, has_item, model_inputs
-from .capture import Captured
-from .engine import DistillationLoss, Losses, Shares, Step, in_match
+from .engine import STUDENT, DistillationLoss, Losses, Passing, Shares, Step, in_match
 from .errors import AddressError, BatchError, HookDistillError, MatchError, listing
 from .export import save_student
+from .fused.head import Head
+from .head_choice import HEADS, Heads, Watched, choose_heads
+from .heads import Seen
+from .heads import watching as watched_layers
 from .matches import Match, as_matches
 from .paths import resolve, unwrap
 from .plan import Plan, check_values, expand, row
-from .recorder import Receiver, Recorder, Recorders
+from .recorder import Receiver, Recorded, Recorder, Recorders
 from .running import device_of, teaching, undisturbed
 
 ORDERS = ("student first", "teacher first")
@@ -48,6 +52,8 @@ class Distiller(nn.Module):
         batch_adaptor: ``(device, batch) -> (teacher_inputs, student_inputs)``, where the models' ``forward`` signatures do
             not tell which item of the batch goes where.
         impl: which implementation of the losses, see `DistillationLoss`.
+        head: ``"fused"``: losses between logits are computed together with the heads that make these, block by block, so that
+            the logits of neither model are ever whole in memory. ``"auto"``: where that saves much memory. ``"whole"``: never.
         order: ``"student first"``: losses are computed as the teacher's tensors come by, and each is let go at once, so that
             no more than one of them is held. ``"teacher first"``: both models run, then the losses are computed; that is how it
             goes in any case where student and teacher share buffers.
@@ -65,12 +71,17 @@ class Distiller(nn.Module):
         example_batch: Any = None,
         batch_adaptor: BatchAdaptor | None = None,
         impl: str = "auto",
+        head: str = "auto",
         order: str = "student first",
     ) -> None:
         super().__init__()
-        if order not in ORDERS:
-            raise MatchError(f"order={order!r} is not known; it is one of {listing(ORDERS)}")
-        self.order = order
+        for what, given, known in (("order", order, ORDERS), ("head", head, HEADS)):
+            if given not in known:
+                raise MatchError(f"{what}={given!r} is not known; it is one of {listing(known)}")
+        if head == "fused" and impl == "eager":
+            raise MatchError("head='fused' is no eager definition; use another impl=, or head='whole'")
+        self.order, self.head = order, head
+        self._heads: Heads | None = None if head != "whole" and impl != "eager" else {}
         # In a dict, so that the teachers are no submodules: they are not trained, saved or wrapped with the student.
         self._teachers: dict[str | None, nn.Module] = {}
         if teacher is not None:
@@ -147,20 +158,30 @@ class Distiller(nn.Module):
             self._recorders.close()
             self._recorders = None
 
-    def _receive(self, losses: Step, teacher: str | None, address: Address, tensor: Tensor) -> bool:
+    def _receive(self, losses: Step, teacher: str | None, address: Address, value: Tensor | AttentionCall | Head) -> bool:
         """Compute what waits for this tensor of a teacher, if that can be done at once."""
         names = self.loss.streams.get((teacher, address))
         if names is None:
             return False
-        captures: Any = {address.path: {address.key: tensor}}
-        losses.offer(names, captures if teacher is None else {teacher: captures})
+        passing = Passing(address, value)
+        losses.offer(names, passing if teacher is None else {teacher: passing})
         return True
 
     def _dry_run(self, batch: Any, *, make_adapters: bool) -> Plan:
         opened_here, adapters = self._recorders is None, set(self.adapters)
         try:
             with self._running(batch, dry=True) as run, undisturbed(self.student):
-                teachers, student = run.teachers(), run.student()
+                with contextlib.ExitStack() as watching:
+                    seen = self._watched(watching)
+                    teachers, student = run.teachers(), run.student()
+                if self._heads is None:
+                    models = {**self._teachers, STUDENT: self.student}
+                    watched = Watched(models=models, seen=seen, teachers=teachers, student=student, batch=batch)
+                    self._heads = choose_heads(self.loss, watched, mode=self.head, elsewhere=run.recorders.elsewhere)
+                if self._heads and not run.recorders.student.heads:
+                    del teachers, student, seen
+                    self.close()
+                    return self._dry_run(batch, make_adapters=make_adapters)
                 losses = self.loss.begin(student, batch, step=self._step)
                 compared = {}
                 for name, term in self.loss.terms.items():
@@ -182,9 +203,19 @@ class Distiller(nn.Module):
             raise
         return Plan(rows=rows, inputs=self._inputs(batch).lines())
 
+    def _watched(self, watching: contextlib.ExitStack) -> dict[str | None, Seen]:
+        """What the linear layers of all models do, as long as it is not known which of them are heads."""
+        if self._heads is not None:
+            return {}
+        models = {**self._teachers, STUDENT: self.student}
+        return {name: watching.enter_context(watched_layers(model)) for name, model in models.items()}
+
     @contextlib.contextmanager
     def _running(self, batch: Any, *, dry: bool = False) -> Iterator[_Run]:
         """Both models, ready to run on ``batch``; what they capture is let go afterwards."""
+        if self._heads and not all(found.is_plain for heads in self._heads.values() for found in heads.values()):
+            self.close()
+            self._heads = {}  # sharded since: the weight of a head is whole only while the head itself runs
         if self._recorders is None:
             self._open(batch)
         recorders = self._recorders
@@ -196,22 +227,27 @@ class Distiller(nn.Module):
 
     def _open(self, batch: Any) -> None:
         """Put the hooks on, now that the batch tells which masks and targets are addresses in the student."""
-        terms = self.loss.terms
-        ours = [term.student_address for term in terms.values()]
+        terms, heads = self.loss.terms, self._heads or {}
+        elsewhere = []
         for name, term in terms.items():
             for what, source in (("mask", term.mask), ("target", term.target)):
                 if isinstance(source, (str, int)) and not has_item(batch, source):
                     with in_match(name):
-                        ours.append(self._source_address(what, source, batch))
-        student = Recorder(self.student, ours)
+                        elsewhere.append(self._source_address(what, source, batch))
+        ours = [*(term.student_address for term in terms.values()), *elsewhere]
+        # With heads of its own a student need not come to its end either.
+        student = Recorder(self.student, ours, stop=STUDENT in heads, heads=heads.get(STUDENT))
         try:
             # A teacher of which no match wants a tensor is not run at all.
             wanted = {name: addresses for name in self._teachers if (addresses := self._teacher_addresses(name))}
-            teachers = {name: Recorder(self._teachers[name], each, stop=True, hands_over=True) for name, each in wanted.items()}
+            teachers = {
+                name: Recorder(self._teachers[name], each, stop=True, hands_over=True, heads=heads.get(name))
+                for name, each in wanted.items()
+            }
         except BaseException:
             student.close()
             raise
-        self._recorders = Recorders(student, teachers)
+        self._recorders = Recorders(student, teachers, elsewhere)
         # Statistics of a batch norm that both use would be those after the student's forward.
         buffers = set(map(id, self.student.buffers()))
         self._disturbs_teachers = any(id(each) in buffers for name in wanted for each in self._teachers[name].buffers())
@@ -278,11 +314,11 @@ class _Run:
     home: torch.device
     dry: bool
 
-    def student(self) -> Captured:
+    def student(self) -> Recorded:
         """Run the student."""
         return self._run(self.recorders.student, self.inputs.student.to(self.home))
 
-    def teachers(self, receive: Callable[[str | None, Address, Tensor], bool] | None = None) -> Any:
+    def teachers(self, receive: Callable[[str | None, Address, Tensor | AttentionCall | Head], bool] | None = None) -> Any:
         """Run the teachers: their captures, by name where they have one. ``receive`` is offered each tensor first."""
         captures = {}
         for name, recorder in self.recorders.teachers.items():
@@ -291,7 +327,7 @@ class _Run:
                 captures[name] = self._run(recorder, inputs, None if receive is None else partial(receive, name))
         return captures.get(None, captures)
 
-    def _run(self, recorder: Recorder, inputs: Inputs, receiver: Receiver | None = None) -> Captured:
+    def _run(self, recorder: Recorder, inputs: Inputs, receiver: Receiver | None = None) -> Recorded:
         if not self.dry:
             return recorder.run(inputs, receiver=receiver)
         try:

@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,13 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from .addresses import ATTENTION_WORDS
-from .attention import AttentionCall, AttentionRecorder, attention_probabilities, attention_scores
+from .attention import MAP_WORDS, AttentionCall, AttentionRecorder, map_of
 from .diagnosis import in_reentrant_checkpoint, is_running, outermost_running, replaced, why_never_called
 from .errors import CaptureError, listing
+from .keeping import keep, twin_of
 from .paths import CallWrapper, Found, forward_signature, module_paths, unwrap
 from .selection import Parameters, select_input, select_output
-from .slots import Consumer, Slot, keep, twin_of
+from .slots import Consumer, Slot
 
 _graph_task_id = torch._C._current_graph_task_id
 _thread_id = threading.get_ident
@@ -42,11 +44,21 @@ class Stop(BaseException):
 class Session:
     """The hooks of one capture while they are on, and the state of the running or last forward."""
 
-    def __init__(self, model: nn.Module, slots: Sequence[Slot], *, stop: bool, consumer: Consumer | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: Sequence[Slot],
+        *,
+        stop: bool,
+        consumer: Consumer | None = None,
+        keeps_calls: bool = False,
+    ) -> None:
         self.model = model
         self.slots = slots
         self.stop = stop
         self.consumer = consumer
+        self.keeps_calls = keeps_calls
+        """Attention is kept as query, key and mask, and a map is made of them when it is asked for."""
         self.depth = 0
         self.state = "no forward"
         self.grad = False
@@ -181,6 +193,11 @@ class Session:
         Raises:
             CaptureError: it gave nothing, or nothing that can be handed over truthfully.
         """
+        value = self.raw_value(slot)
+        return map_of(value, slot.address.selector.word) if isinstance(value, AttentionCall) else value
+
+    def raw_value(self, slot: Slot) -> Any:
+        """The same, but attention that is kept as its query and key is given as these."""
         slot.asked = slot.marked = True
         self.check(slot)
         return slot.value(running=self.state == "running")
@@ -298,6 +315,11 @@ class _Guarded:
         return (_Inert, ())
 
 
+def is_own(hook: Any) -> bool:
+    """Whether a hook on a module is one of a capture's, which change nothing."""
+    return isinstance(hook, (_Guarded, _Inert))
+
+
 def _overtaken(line: Mapping[int, Any], own: int, session: Session | None = None) -> bool:
     """Whether a hook that is not ours stands behind hook ``own`` in ``line``, so that it may change what ``own`` has seen.
 
@@ -408,7 +430,7 @@ class _Hook(_Guarded):
         for handle, _ in self.handles:
             handle.remove()
 
-    def offer(self, slot: Slot, take: Callable[[], Tensor]) -> None:
+    def offer(self, slot: Slot, take: Callable[[], Any]) -> None:
         session = self.session
         if session.grad and not slot.detach and not _is_grad_enabled() and not is_dynamo_compiling():
             slot.gradless = slot.gradless or in_reentrant_checkpoint()
@@ -525,7 +547,7 @@ class _AttentionHook(_Hook):
         if output is None and not is_dynamo_compiling() and _is_raising(module):
             return
         for slot in self.slots:
-            self.offer(slot, partial(_attention_tensor, calls, slot, self.session.model))
+            self.offer(slot, partial(_attention_tensor, calls, slot, self.session))
 
     def prepare(self, begun: nn.Module) -> None:
         super().prepare(begun)
@@ -550,7 +572,7 @@ class _Starts(_Guarded):
         self.hook.start()
 
 
-def _attention_tensor(calls: Sequence[AttentionCall], slot: Slot, model: nn.Module) -> Tensor:
+def _attention_tensor(calls: Sequence[AttentionCall], slot: Slot, session: Session) -> Tensor | AttentionCall:
     word, kind = slot.address.selector.word, type(unwrap(slot.found.module)).__name__
     if not calls:
         raise CaptureError(
@@ -558,17 +580,23 @@ def _attention_tensor(calls: Sequence[AttentionCall], slot: Slot, model: nn.Modu
             "products ran in it. Name the module that computes attention; its query, key and value are also outputs of modules"
         )
     if len(calls) > 1:
-        paths = {id(module): path for path, module in module_paths(model).items()}
+        paths = {id(module): path for path, module in module_paths(session.model).items()}
         inner = [paths.get(id(call.module), type(call.module).__name__) for call in calls]
         raise CaptureError(
             f"{len(calls)} attentions ran inside {kind}. Name one of the modules they ran in: {listing(dict.fromkeys(inner))}"
         )
-    if word == "attention":
-        return attention_probabilities(calls[0])
-    if word == "attention_scores":
-        return attention_scores(calls[0])
-    tensor: Tensor = getattr(calls[0], word)
-    return tensor
+    if calls[0].overwritten:
+        raise CaptureError(
+            f"what the attention inside {kind} was computed from was changed in place before {kind} returned, and no copy of "
+            "it could be kept. Make that op out of place"
+        )
+    if word not in MAP_WORDS:
+        tensor: Tensor = getattr(calls[0], word)
+        return tensor
+    later = session.keeps_calls and not slot.several and not slot.detach and not is_dynamo_compiling()
+    if later and calls[0].scores is None:
+        return replace(calls[0], value=calls[0].query)  # a map needs no value
+    return map_of(calls[0], word)
 
 
 _OVERTAKEN = (

@@ -1,71 +1,20 @@
-"""One tensor that was asked for, kept as it was when its module returned it, whatever is written over it later."""
+"""One tensor that was asked for, kept as it was when its module returned it."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from .addresses import Address, Segment
 from .errors import CaptureError
+from .keeping import Kept, KeptRecord, handed_over, keep, read
 from .paths import Found
 
-# Copy-on-write on Apple's GPUs is said to be unsafe (pytorch #150569): a plain copy there.
-twin_of: Callable[[Tensor], Tensor] = torch.clone if torch.backends.mps.is_available() else torch._lazy_clone
-_address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]  # unlike data_ptr() it forces no copy
-
-Kept = tuple[Tensor, int | None, Tensor | None]
-"""A captured tensor: the reference itself, its version, and a copy-on-write twin.
-
-The twin costs no memory until somebody writes. Reading gives the reference if nobody wrote, so that nothing downstream (a
-compiled or Triton kernel that asks for the address) forces the copy; else the twin. The version stands in for a twin where
-there can be none. A plain tuple, because one is made at every captured call.
-"""
-
-
-def keep(tensor: Tensor) -> Kept:
-    """Keep ``tensor`` as it is now."""
-    if is_dynamo_compiling():
-        return tensor.clone(), None, None  # part of the graph, where a copy that nothing needs is fused away
-    if type(tensor) is Tensor:
-        try:
-            return tensor, None, twin_of(tensor)
-        except RuntimeError:  # sparse, nested, memory that torch did not allocate itself (numpy, shared), functorch wrappers
-            pass
-    if tensor.is_inference():
-        return tensor.clone(), None, None  # without a version nobody could tell that it was overwritten
-    return tensor, tensor._version, None
-
-
-def read(kept: Kept) -> Tensor | None:
-    """The tensor as it was when it was kept; ``None`` if it was overwritten and nothing true is left of it."""
-    tensor, version, twin = kept
-    if twin is None:
-        return tensor if version is None or tensor._version == version else None
-    if not _was_changed(tensor, twin):
-        return tensor
-    # Made under no_grad the twin carries no gradient, although the tensor itself came with one.
-    return None if tensor.requires_grad and not twin.requires_grad else twin
-
-
-def _was_changed(tensor: Tensor, twin: Tensor) -> bool:
-    """Whether ``tensor`` has other memory, another shape or less of a graph than when its copy-on-write twin was made.
-
-    A write gives the writer memory of its own. Unlike the version counter this also sees writes through ``.data`` and those
-    of inference mode.
-    """
-    return (
-        _address(tensor) != _address(twin)
-        or tensor.shape != twin.shape
-        or tensor.stride() != twin.stride()
-        or (twin.requires_grad and not tensor.requires_grad)
-    )
-
-
-Consumer = Callable[["Slot", Tensor], bool]
+Consumer = Callable[["Slot", Any], bool]
 """Gets a tensor as soon as it comes, before anything can overwrite it, and says whether it is done with it."""
 
 
@@ -99,7 +48,7 @@ class Slot:
         """Its tensor went to a consumer, and is not kept."""
         self.gradless = False
         """Made under the no_grad of a reentrant checkpoint, whose own outputs get their gradient only later."""
-        self.kept: Kept | deque[Kept] | None = None
+        self.kept: Kept | KeptRecord | deque[Kept] | None = None
         if self.several:
             self.kept = deque(maxlen=None if self.address.call == "*" else -int(self.address.call))  # type: ignore[arg-type]
 
@@ -107,7 +56,7 @@ class Slot:
         """Nothing true can be handed over of this forward."""
         self.failure, self.marked = why, True
 
-    def offer(self, take: Callable[[], Tensor], consumer: Consumer | None = None) -> bool:
+    def offer(self, take: Callable[[], Any], consumer: Consumer | None = None) -> bool:
         """Count one call of the module and keep its tensor if it is the one; whether the slot needs no further call."""
         number, wanted = self.calls, self.address.call
         self.calls = number + 1
@@ -124,6 +73,9 @@ class Slot:
         if consumer is not None and not self.several and consumer(self, tensor):
             self.given = self.marked = True
             return True
+        if not isinstance(tensor, Tensor):
+            self.kept = KeptRecord.of(tensor)
+            return True
         kept = keep(tensor.detach() if self.detach else tensor)
         if isinstance(self.kept, deque):
             self.kept.append(kept)
@@ -131,8 +83,8 @@ class Slot:
         self.kept = kept
         return True
 
-    def value(self, *, running: bool = False) -> Tensor | list[Tensor]:
-        """The tensor, or the list of tensors for ``@*``.
+    def value(self, *, running: bool = False) -> Any:
+        """The tensor, or the list of tensors for ``@*``; or the record that was offered instead of one.
 
         While the forward is still ``running``, a tensor that is handed over may yet be overwritten by the model: then the
         twin is what is given.
@@ -141,19 +93,26 @@ class Slot:
             CaptureError: the calls that there were do not give it.
         """
         kept = self._chosen()
+        if isinstance(kept, KeptRecord):
+            record = self._true_record(kept)
+            if not running:
+                self.kept = KeptRecord(record, {name: handed_over(getattr(record, name)) for name in kept.tensors})
+            return record
         if isinstance(kept, list):
             return [self._true(each) for each in kept]
         if running and kept[2] is not None:
             return kept[2]
         tensor = self._true(kept)
         if tensor is kept[0] and kept[2] is not None and not isinstance(self.kept, deque):
-            # From here on it is the caller's, and a kernel that asks for its address should not have to copy it.
-            self.kept = (tensor, None if tensor.is_inference() else tensor._version, None)
+            self.kept = handed_over(tensor)
         return tensor
 
     def check(self) -> None:
         """Raise what `value` would raise, and hand nothing over."""
         kept = self._chosen()
+        if isinstance(kept, KeptRecord):
+            self._true_record(kept)
+            return
         for each in kept if isinstance(kept, list) else [kept]:
             self._true(each)
 
@@ -171,7 +130,7 @@ class Slot:
         segments = tuple(map(Segment, self.found.path.split("."))) if self.found.path else ()
         return str(Address(segments, self.address.selector, self.address.call))
 
-    def _chosen(self) -> Kept | list[Kept]:
+    def _chosen(self) -> Kept | KeptRecord | list[Kept]:
         call, kept = self.address.call, self.kept
         if self.failure:
             raise CaptureError(f"capture {self.name!r}: {self.failure}.")
@@ -187,13 +146,25 @@ class Slot:
             raise CaptureError(f"capture {self.name!r}: the module ran {ran} in this forward, so there is no call {call}.")
         return kept
 
+    def _true_record(self, kept: KeptRecord) -> Any:
+        record = kept.read()
+        if record is None:
+            gone = next(tensor for tensor in kept.tensors.values() if read(tensor) is None)
+            raise CaptureError(f"capture {self.name!r}: {_overwritten(gone[0])}.")
+        for name in kept.tensors:
+            self._check_gradient(getattr(record, name))
+        return record
+
     def _true(self, kept: Kept) -> Tensor:
         tensor = read(kept)
         if tensor is None:
             raise CaptureError(f"capture {self.name!r}: {_overwritten(kept[0])}.")
+        self._check_gradient(tensor)
+        return tensor
+
+    def _check_gradient(self, tensor: Tensor) -> None:
         if self.gradless and not tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex()):
             raise CaptureError(f"capture {self.name!r}: {_NO_GRADIENT}.")
-        return tensor
 
 
 def _overwritten(tensor: Tensor) -> str:

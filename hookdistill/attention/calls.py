@@ -52,6 +52,7 @@ class AttentionCall:
     mask_mod: Callable[..., Tensor] | None = None  # flex_attention's
     scores: Tensor | None = None  # (B, H, Q, K) as the model's own Python code computed them: the four above are in it
     logits: Tensor | None = None  # what softmax then saw, where that is wider: (B, H, Q, K + attention sinks)
+    overwritten: bool = False  # the tensors are no longer those that the attention saw
     module: nn.Module | None = field(default_factory=running_module)  # the one that ran this attention
 
 
@@ -73,12 +74,26 @@ def attention_probabilities(call: AttentionCall) -> Tensor:
     """
     scores = attention_scores(call)
     logits = scores if call.logits is None else call.logits
-    lost = scores.detach().amax(-1, keepdim=True) <= _never(call, scores)
+    lost = scores.detach().amax(-1, keepdim=True) <= _never(call.query.dtype, scores.dtype)
     with aside():
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # The inner fill keeps softmax away from rows of -inf: 0 · NaN in its backward would be NaN.
         probabilities = wide.masked_fill(lost, 0.0).softmax(-1).masked_fill(lost, 0.0)
         return probabilities[..., : scores.shape[-1]].to(call.query.dtype)
+
+
+MAP_WORDS = ("attention", "attention_scores")
+"""The selectors that name a map."""
+
+
+def map_of(call: AttentionCall, word: str) -> Tensor:
+    """The map that one of `MAP_WORDS` names."""
+    return attention_probabilities(call) if word == "attention" else attention_scores(call)
+
+
+def hidden_at(call: AttentionCall) -> float:
+    """The score at and below which a key counts as hidden from a query."""
+    return _never(call.query.dtype)
 
 
 def aside() -> AbstractContextManager[Any]:
@@ -95,9 +110,9 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _never(call: AttentionCall, scores: Tensor) -> float:
+def _never(*dtypes: torch.dtype) -> float:
     """The score at and below which a key counts as hidden: models write -inf, the dtype's minimum, -1e9, -1e30 …"""
-    return -3e4 if torch.float16 in (call.query.dtype, scores.dtype) else -1e8
+    return -3e4 if torch.float16 in dtypes else -1e8
 
 
 def _per_query_head(heads: Tensor, query: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ..errors import CaptureError
+from ..keeping import KeptRecord
 from .calls import AttentionCall, aside, running_module
 from .handwritten import LOOKS, Handwritten
 
@@ -84,7 +85,7 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[AttentionCall] = []
+        self.calls: list[AttentionCall | KeptRecord] = []
         self.handwritten = Handwritten([], [], [], [], [])
         self.merged_heads: int | None = None  # while nn.MultiheadAttention runs
         self.finished = False  # and yet on the stack, of a thread that stop() could not reach
@@ -113,14 +114,20 @@ class _Watch(TorchFunctionMode):
     def record(self, call: AttentionCall) -> None:
         if self.merged_heads is not None and call.scores is not None:
             call = _split_heads(call, call.scores, self.merged_heads)
-        self.calls.append(call)
+        # The module may yet overwrite its query or its scores, to save memory.
+        self.calls.append(call if torch.compiler.is_compiling() else KeptRecord.of(call))
         self.handwritten.forget()
 
     def finish(self) -> list[AttentionCall]:
         self.finished = True
         self.handwritten.forget()
         calls, self.calls = self.calls, []
-        return calls
+        return [_as_seen(call) if isinstance(call, KeptRecord) else call for call in calls]
+
+
+def _as_seen(kept: KeptRecord) -> AttentionCall:
+    call: AttentionCall | None = kept.read()
+    return replace(kept.record, overwritten=True) if call is None else call
 
 
 def _scaled_dot_product(watch: _Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

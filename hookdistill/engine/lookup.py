@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ..addresses import Address, parse
+from ..attention import MAP_WORDS, AttentionCall, map_of
 from ..batches import contents, has_item, pick
 from ..errors import AddressError, BatchError, MatchError, listing
+from ..fused.head import Head
 from ..matches import Source
 from .blame import user_code
 
@@ -51,6 +53,43 @@ def captured(captures: Any, address: Address, side: str) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise MatchError(f"{str(address)!r} of the {side} captures is no tensor but a {type(tensor).__name__}")
     return tensor
+
+
+def attention_call(captures: Any, address: Address) -> AttentionCall | None:
+    """What the map at ``address`` is to be made of, where the captures hold that rather than the map."""
+    ask = getattr(captures, "attention_call", None)
+    return None if ask is None or address.selector.word not in MAP_WORDS else ask(address.path, address.key)
+
+
+def head_at(captures: Any, address: Address) -> Head | None:
+    """The head that makes the logits at ``address``, where the captures hold that rather than the logits."""
+    ask = getattr(captures, "head", None)
+    return None if ask is None else ask(address)
+
+
+class Passing(Mapping[str, Mapping[str, Any]]):
+    """The captures of a teacher that still runs: the one tensor that comes by."""
+
+    def __init__(self, address: Address, value: Tensor | AttentionCall | Head) -> None:
+        self.address, self.value = address, value
+
+    def head(self, address: Address) -> Head | None:
+        return self.value if isinstance(self.value, Head) else None
+
+    def attention_call(self, layer: str, output: str) -> AttentionCall | None:
+        return self.value if isinstance(self.value, AttentionCall) else None
+
+    def __getitem__(self, layer: str) -> Mapping[str, Any]:
+        if layer != self.address.path:
+            raise KeyError(layer)
+        value = map_of(self.value, self.address.selector.word) if isinstance(self.value, AttentionCall) else self.value
+        return {self.address.key: value}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([self.address.path])
+
+    def __len__(self) -> int:
+        return 1
 
 
 def sourced(what: str, source: Source, batch: Any, student_captures: Captures) -> Tensor:

@@ -16,7 +16,7 @@ from .fast import IMPLEMENTATIONS
 from .lookup import Captures
 from .step import Losses, Shares, Step
 from .streams import streams
-from .terms import Compared, compared, features_at, is_adapted, module_key, named_terms
+from .terms import Compared, features_at, is_adapted, module_key, named_terms, sketched
 
 
 class DistillationLoss(nn.Module):
@@ -104,5 +104,5 @@ class DistillationLoss(nn.Module):
                 self.adapters[key] = adapter
 
     def tensors(self, name: str, teacher_captures: Any, student_captures: Captures, batch: Any) -> Compared:
-        """What entry ``name`` compares."""
-        return compared(self.terms[name], teacher_captures, student_captures, batch)
+        """What entry ``name`` compares; maps of attention that are not made are stood for by ones without values."""
+        return sketched(self.terms[name], teacher_captures, student_captures, batch)

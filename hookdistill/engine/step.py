@@ -19,16 +19,18 @@ from torch import Tensor, nn
 
 from ..addresses import Address
 from ..errors import MatchError
+from ..fused.head import Head, HeadTask
 from ..fused.rows import RowTask, RowTerm
 from ..matches import Match
 from . import fast
 from .blame import at_step, in_match
-from .fast import Choice
-from .lookup import Captures
-from .terms import Compared, adapted, check_trains, compared, eager_value, options
+from .fast import Choice, Task
+from .lookup import Captures, attention_call, captures_of, head_at, sourced
+from .terms import Compared, adapted, check_head_trains, check_trains, compared, eager_value, options, trainable
 from .total import attach
 
 Shares = Mapping[str, float | Tensor]
+STUDENT = ":student"  # no name that a teacher can have
 
 
 class Losses(NamedTuple):
@@ -48,19 +50,18 @@ class _Call:
 
     name: str
     term: Match
-    student: weakref.ref[Tensor]
-    origin: weakref.ref[Tensor]
+    student: weakref.ref[Tensor] | None
+    origin: weakref.ref[Tensor] | None
     arguments: dict[str, Any]
     weight: float | Tensor
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Group:
     """The terms of one student tensor that are computed in one pass."""
 
-    task: RowTask
+    task: RowTask | HeadTask
     calls: list[_Call] = field(default_factory=list)
-    gradient: Tensor | None = None
 
 
 class Step:
@@ -94,7 +95,9 @@ class Step:
         self._open = dict.fromkeys(terms)
         self._waiting = Counter(term.student_address for term in terms.values())
         self._groups: dict[Address, dict[tuple[int, int], _Group]] = {}
-        self._done: list[_Group] = []
+        self._done: list[_Call] = []
+        self._slopes: list[tuple[Tensor, Tensor]] = []
+        self._heads: dict[tuple[str | None, Address], Head | None] = {}
         self._eager: list[tuple[_Call, Tensor, Tensor]] = []
         self._values: dict[str, Tensor] = {}
         self._total: Tensor | None = None
@@ -105,9 +108,8 @@ class Step:
         Raises:
             MatchError: it cannot be computed, or would train nothing; the message names the entry.
         """
-        term = self.terms[name]
         with in_match(name):
-            self._take(name, term, compared(term, teacher_captures, self.student_captures, self.batch))
+            self._take(name, teacher_captures)
 
     def offer(self, names: Sequence[str], teacher_captures: Any) -> None:
         """Compute entries in the middle of the teacher's forward, which may overwrite its tensors as soon as this returns.
@@ -119,10 +121,8 @@ class Step:
         """
         with self._outside.restored():
             for name in names:
-                term = self.terms[name]
                 with in_match(name):
-                    tensors = compared(term, teacher_captures, self.student_captures, self.batch)
-                    self._take(name, term, tensors, transient=True)
+                    self._take(name, teacher_captures, transient=True)
 
     def finish(self, teacher_captures: Any) -> Losses:
         """Take the entries that are left, and give the losses of all.
@@ -133,12 +133,10 @@ class Step:
         for name in list(self._open):
             self.take(name, teacher_captures)
         total = self._total
-        if self._done and torch.is_grad_enabled():
+        if self._slopes:
             assert total is not None
-            students = [group.task.student for group in self._done]
-            gradients = [group.gradient for group in self._done if group.gradient is not None]
-            calls = [call for group in self._done for call in group.calls]
-            total = attach(total, students, gradients, partial(_again, calls, [weakref.ref(each) for each in students]))
+            tensors, gradients = zip(*self._slopes, strict=True)
+            total = attach(total, tensors, gradients, partial(_again, self._done, [weakref.ref(each) for each in tensors]))
         for call, student, other in self._eager:
             with in_match(call.name):
                 value = eager_value(call.term, student, other, call.arguments)
@@ -148,12 +146,70 @@ class Step:
         assert total is not None  # as_matches refuses an empty list
         return Losses(total, {name: self._values[name] for name in self.terms})
 
-    def _take(self, name: str, term: Match, tensors: Compared, *, transient: bool = False) -> None:
+    def _take(self, name: str, teacher_captures: Any, *, transient: bool = False) -> None:
+        term = self.terms[name]
+        if not self._take_head(name, term, teacher_captures) and not self._take_attention(name, term, teacher_captures):
+            self._take_tensors(name, term, compared(term, teacher_captures, self.student_captures, self.batch), transient)
+        del self._open[name]
+        self._waiting[term.student_address] -= 1
+        if not self._waiting[term.student_address]:
+            for group in self._groups.pop(term.student_address, {}).values():
+                self._run(group.task, group.calls)
+
+    def _take_head(self, name: str, term: Match, teacher_captures: Any) -> bool:
+        """Line up a loss on logits that are not made, if that is how the student's are captured."""
+        student = self._head(STUDENT, self.student_captures, term.student_address)
+        if student is None:
+            return False
+        other: Tensor | Head | None
+        if term.teacher_address is None:
+            assert term.target is not None
+            other = sourced("target", term.target, self.batch, self.student_captures).to(student.hidden.device)
+        else:
+            captures = captures_of(teacher_captures, term.teacher_model)
+            other = self._head(term.teacher_model, captures, term.teacher_address)
+        check_head_trains(term, student)
+        arguments = options(term, None, self._mask(term, student.hidden.device), self.batch, self.student_captures, self.step)
+        weight = self._weight(name, term)
+        row = "the teacher's logits are whole" if other is None else fast.row_term(term.spec, student, other, arguments, weight)
+        if isinstance(row, str):
+            raise MatchError(f"the loss cannot be computed together with the head here ({row}); use head='whole'")
+        groups = self._groups.setdefault(term.student_address, {})
+        group = groups.setdefault((id(student), -1), _Group(HeadTask(student=student)))
+        group.task.terms.append(row[0])
+        group.calls.append(_Call(name, term, None, None, arguments, weight))
+        return True
+
+    def _head(self, owner: str | None, captures: Any, address: Address) -> Head | None:
+        key = (owner, address)
+        if key not in self._heads:
+            self._heads[key] = head_at(captures, address)
+        return self._heads[key]
+
+    def _take_attention(self, name: str, term: Match, teacher_captures: Any) -> bool:
+        """Compute a loss between attentions without their maps, if that can be done."""
+        if term.teacher_address is None or fast.inactive(self.impl):
+            return False
+        ours = attention_call(self.student_captures, term.student_address)
+        theirs = attention_call(captures_of(teacher_captures, term.teacher_model), term.teacher_address)
+        if ours is None or theirs is None or (torch.is_grad_enabled() and not trainable(ours)):
+            return False
+        arguments = options(term, None, self._mask(term, ours.query.device), self.batch, self.student_captures, self.step)
+        weight = self._weight(name, term)
+        word = term.student_address.selector.word
+        if word != term.teacher_address.selector.word:
+            return False
+        task = fast.attention_task(term.spec, word, ours, theirs, arguments, weight)
+        if isinstance(task, str):
+            return False
+        self._run(task, [_Call(name, term, None, None, arguments, weight)])
+        return True
+
+    def _take_tensors(self, name: str, term: Match, tensors: Compared, transient: bool) -> None:
         check_trains(term, tensors.student)
-        arguments = options(term, tensors, self.batch, self.student_captures, self.step)
+        arguments = options(term, tensors.student, tensors.mask, self.batch, self.student_captures, self.step)
         student = adapted(term, self.adapter(name), tensors)
-        weight = at_step("weight", term.weight, self.step) * self.shares.get(name, 1.0)
-        call = _Call(name, term, weakref.ref(student), weakref.ref(tensors.origin), arguments, weight)
+        call = _Call(name, term, weakref.ref(student), weakref.ref(tensors.origin), arguments, self._weight(name, term))
         row = self._row_term(call, student, tensors.other)
         if isinstance(row, str):
             self.choices[name] = Choice("eager", row)
@@ -163,11 +219,6 @@ class Step:
             group = groups.setdefault((id(student), row[1]), _Group(RowTask(student=student, dim=row[1])))
             group.task.terms.append(row[0])
             group.calls.append(call)
-        del self._open[name]
-        self._waiting[term.student_address] -= 1
-        if not self._waiting[term.student_address]:
-            for group in self._groups.pop(term.student_address, {}).values():
-                self._run(group)
 
     def _row_term(self, call: _Call, student: Tensor, other: Tensor) -> tuple[RowTerm, int] | str:
         if reason := fast.inactive(self.impl):
@@ -176,16 +227,21 @@ class Step:
             return "no gradient"  # which the eager path refuses
         return fast.row_term(call.term.spec, student, other, call.arguments, call.weight)
 
-    def _run(self, group: _Group) -> None:
-        choice = fast.choose(group.task, self.impl)
-        result = fast.run(group.task, choice, gradient=torch.is_grad_enabled())
-        group.gradient = result.gradient
-        group.task.terms.clear()  # and with them the teacher's tensors
-        for call, value in zip(group.calls, result.values.unbind(), strict=True):
+    def _weight(self, name: str, term: Match) -> float | Tensor:
+        return at_step("weight", term.weight, self.step) * self.shares.get(name, 1.0)
+
+    def _mask(self, term: Match, device: torch.device) -> Tensor | None:
+        return None if term.mask is None else sourced("mask", term.mask, self.batch, self.student_captures).to(device)
+
+    def _run(self, task: Task, calls: Sequence[_Call]) -> None:
+        choice = fast.choose(task, self.impl)
+        result = fast.run(task, choice, gradient=torch.is_grad_enabled())
+        for call, value in zip(calls, result.values, strict=True):
             self.choices[call.name] = choice
             self._values[call.name] = value
         self._total = result.total if self._total is None else self._total + result.total
-        self._done.append(group)
+        self._slopes += [(tensor, slope) for tensor, slope in result.slopes if tensor.requires_grad]
+        self._done += calls
 
 
 class _Outside:
@@ -213,7 +269,7 @@ def _again(calls: Sequence[_Call], students: Sequence[weakref.ref[Tensor]]) -> t
     """
     total: Any = 0.0
     for call in calls:
-        student, origin = call.student(), call.origin()
+        student, origin = (None if ref is None else ref() for ref in (call.student, call.origin))
         if student is None or origin is None:
             raise MatchError(
                 f"{call.name}: backward(create_graph=True) needs the tensors that were compared, and they were let go when the "

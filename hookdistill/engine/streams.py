@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..addresses import Address
+from ..attention import MAP_WORDS
 from ..fused.forms import FORMS
 from ..matches import Match
 
@@ -27,7 +28,7 @@ def streams(terms: Mapping[str, Match]) -> Streams:
         if term.teacher_address is not None:
             origin = (term.teacher_model, term.teacher_address)
             origins[term.student_address].add(origin)
-            if term.spec.name not in FORMS or isinstance(term.adapter, nn.Module):
+            if not _has_form(term) or isinstance(term.adapter, nn.Module):
                 kept.add(origin)
     for several in origins.values():
         if len(several) > 1:
@@ -37,3 +38,8 @@ def streams(terms: Mapping[str, Match]) -> Streams:
         if term.teacher_address is not None and (origin := (term.teacher_model, term.teacher_address)) not in kept:
             found.setdefault(origin, []).append(name)
     return found
+
+
+def _has_form(term: Match) -> bool:
+    maps = term.spec.compares == "attention" and term.student_address.selector.word in MAP_WORDS
+    return maps or term.spec.name in FORMS

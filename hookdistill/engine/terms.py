@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, feature_dim, fit_adapter
+from ..attention import AttentionCall
 from ..errors import MatchError
+from ..fused.head import Head
 from ..matches import Match
 from .blame import at_step, user_code
-from .lookup import Captures, captured, captures_of, sourced
+from .lookup import Captures, attention_call, captured, captures_of, head_at, sourced
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +48,37 @@ def compared(term: Match, teacher_captures: Any, student_captures: Captures, bat
     return Compared(student, other, other.detach().to(student.device), None if mask is None else mask.to(student.device))
 
 
+def sketched(term: Match, teacher_captures: Any, student_captures: Captures, batch: Any) -> Compared:
+    """`compared`, for looking at rather than computing: what is not made is stood for by a tensor on the meta device."""
+    if term.teacher_address is not None:
+        ours = attention_call(student_captures, term.student_address)
+        theirs = attention_call(captures_of(teacher_captures, term.teacher_model), term.teacher_address)
+        if ours is not None and theirs is not None:
+            return _sketch(term, _map_without_values(ours), _map_without_values(theirs), batch, student_captures)
+    student = head_at(student_captures, term.student_address)
+    if student is not None:
+        if term.teacher_address is None:
+            assert term.target is not None
+            other = sourced("target", term.target, batch, student_captures)
+        else:
+            teacher = head_at(captures_of(teacher_captures, term.teacher_model), term.teacher_address)
+            assert teacher is not None
+            other = torch.empty(teacher.shape, dtype=teacher.hidden.dtype, device="meta")
+        logits = torch.empty(student.shape, dtype=student.hidden.dtype, device="meta")
+        return _sketch(term, logits, other, batch, student_captures)
+    return compared(term, teacher_captures, student_captures, batch)
+
+
+def _sketch(term: Match, student: Tensor, other: Tensor, batch: Any, student_captures: Captures) -> Compared:
+    mask = None if term.mask is None else sourced("mask", term.mask, batch, student_captures)
+    return Compared(student, other, other, mask)
+
+
+def _map_without_values(call: AttentionCall) -> Tensor:
+    shape = (*call.query.shape[:-1], call.key.shape[-2])
+    return torch.empty(shape, dtype=call.query.dtype, device="meta")
+
+
 def check_trains(term: Match, student: Tensor) -> None:
     """Raise unless a loss on ``student`` trains something, where gradients are on at all."""
     if torch.is_grad_enabled() and not student.requires_grad:
@@ -55,17 +88,31 @@ def check_trains(term: Match, student: Tensor) -> None:
         )
 
 
-def options(term: Match, tensors: Compared, batch: Any, student_captures: Captures, step: int) -> dict[str, Any]:
-    """The keyword arguments of the loss."""
+def check_head_trains(term: Match, head: Head) -> None:
+    """Raise unless a loss on the logits of ``head`` trains something, where gradients are on at all."""
+    parts = (head.hidden, head.weight, *([] if head.bias is None else [head.bias]))
+    check_trains(term, next((part for part in parts if part.requires_grad), head.hidden))
+
+
+def trainable(call: AttentionCall) -> bool:
+    """Whether a loss on the map of an attention trains something."""
+    return call.query.requires_grad or call.key.requires_grad
+
+
+def options(
+    term: Match, student: Tensor | None, mask: Tensor | None, batch: Any, student_captures: Captures, step: int
+) -> dict[str, Any]:
+    """The keyword arguments of the loss; ``student`` is what it is called with, or ``None`` for a map that is not made."""
     given = dict(term.loss_args)
-    if tensors.mask is not None:
-        given["mask"] = tensors.mask
+    if mask is not None:
+        given["mask"] = mask
     if term.spec.accepts_temperature:
         given["temperature"] = at_step("temperature", term.temperature, step, lowest=0.0)
-    if "dim" in term.spec.parameters and "dim" not in given:
-        given["dim"] = features_at(term, tensors.student)
+    if "dim" in term.spec.parameters and "dim" not in given and student is not None:
+        given["dim"] = features_at(term, student)
     if term.teacher_address is not None and term.target is not None:
-        given["target"] = sourced("target", term.target, batch, student_captures).to(tensors.student.device)
+        target = sourced("target", term.target, batch, student_captures)
+        given["target"] = target if student is None else target.to(student.device)
     return given
 
 

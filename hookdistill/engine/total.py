@@ -39,10 +39,12 @@ class _Attached(torch.autograd.Function):
 
 
 def scale(gradients: Sequence[Tensor], factor: Tensor, *, in_place: bool) -> Sequence[Tensor]:
-    """The gradients times ``factor``; at no cost where that can be seen to be one without waiting for a device."""
-    if factor.device.type == "cpu" and factor.item() == 1:
-        return gradients
-    if in_place:
+    """The gradients times ``factor``, tensors of their own unless ``in_place``.
+
+    In place it costs nothing where the factor can be seen to be one without waiting for a device.
+    """
+    if not in_place:
+        return torch._foreach_mul(list(gradients), factor)
+    if factor.device.type != "cpu" or factor.item() != 1:
         torch._foreach_mul_(list(gradients), factor)
-        return gradients
-    return torch._foreach_mul(list(gradients), factor)
+    return gradients

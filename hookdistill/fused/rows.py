@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class RowTerm:
     Args:
         form: its closed form.
         constants: the loss's own arguments.
-        other: the teacher's tensor, of the student's shape; or labels, of the shape of its positions.
+        other: the teacher's tensor, of the student's shape; or labels, of the shape of its positions. Where logits are made
+            block by block, the teacher's `head.Head`.
         valid: bool, which positions count; ``None`` for all.
         mean: divide by their number.
         temperature: a number or a tensor without dimensions; one for features and labels.
@@ -37,7 +39,7 @@ class RowTerm:
     """
 
     form: Form
-    other: Tensor
+    other: Any
     constants: tuple[tuple[str, float], ...] = ()
     valid: Tensor | None = None
     mean: bool = True
@@ -136,49 +138,65 @@ def block_losses(
     return torch.stack(values)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Terms arranged for `block_losses`: the program, and what it takes besides the student's rows.
+
+    ``others`` are the distinct teachers and labels, ``weights`` the distinct row weights, in the shape of the positions.
+    """
+
+    program: Program
+    others: Sequence[Any]
+    weights: Sequence[Tensor]
+    scalars: Tensor
+
+
+def layout_of(terms: Sequence[RowTerm], shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device) -> Layout:
+    """The layout of terms on a student tensor of ``shape`` with its features or classes in ``dim``."""
+    others, other_number = _distinct([term.other for term in terms])
+    positions = [size for number, size in enumerate(shape) if number != dim % len(shape)]
+    weights, weight_number = _row_weights(terms, positions, dtype, device)
+    temperatures, temperature_number = _temperatures(terms)
+    numbered = (
+        ProgramTerm(
+            term.form.name,
+            term.constants,
+            other_number[number],
+            weight_number[number],
+            term.valid is not None,
+            temperature_number[number],
+        )
+        for number, term in enumerate(terms)
+    )
+    scalars = _scalars([*(term.coefficient for term in terms), *temperatures], device, dtype)
+    return Layout(Program(tuple(numbered), shape[dim], dtype), others, weights, scalars)
+
+
 def run_rows(task: RowTask, function: BlockFunction, *, most: int, gradient: bool) -> RowLosses:
     """All terms of a task, in blocks of at most ``most`` elements (but at least one row)."""
     student, dtype = task.student.detach(), working_dtype(task.student, *(term.other for term in task.terms))
+    layout = layout_of(task.terms, student.shape, task.dim, dtype, student.device)
     cut = _cut(task)
-    others, other_number = _distinct([term.other for term in task.terms])
-    weights, weight_number = _row_weights(task, cut, dtype)
-    temperatures, temperature_number = _temperatures(task)
-    scalars = _scalars([*(term.coefficient for term in task.terms), *temperatures], student.device, dtype)
-    program = Program(
-        tuple(
-            ProgramTerm(
-                term.form.name,
-                term.constants,
-                other_number[position],
-                weight_number[position],
-                term.valid is not None,
-                temperature_number[position],
-            )
-            for position, term in enumerate(task.terms)
-        ),
-        student.shape[task.dim],
-        dtype,
-    )
-    ours, theirs = cut.rows(student), [cut.rows(o) if o.ndim == student.ndim else cut.positions(o) for o in others]
+    ours = cut.rows(student)
+    theirs = [cut.rows(o) if o.ndim == student.ndim else cut.positions(o) for o in layout.others]
+    weights = [cut.positions(weight) for weight in layout.weights]
     slopes = torch.empty_like(student, dtype=gradient_dtype(student)) if gradient else None
     out = None if slopes is None else cut.rows(slopes)
     values = torch.zeros(len(task.terms), dtype=dtype, device=student.device)
+    flat = ours.ndim == 2
     for block in blocks(ours.shape, most):
-        flat = ours.ndim == 2
-        part = (
-            None if out is None else out[block] if flat else torch.empty(ours[block].shape, dtype=out.dtype, device=out.device)
-        )
+        part = None if out is None else out[block] if flat else out.new_empty(ours[block].shape)
         values += function(
-            program,
+            layout.program,
             _flat(ours[block]),
             [_flat(o[block]) if o.ndim == ours.ndim else o[block].reshape(-1) for o in theirs],
             [w[block].reshape(-1) for w in weights],
-            scalars,
+            layout.scalars,
             None if part is None else _flat(part),
         )
         if out is not None and part is not None and not flat:
             out[block] = part
-    return RowLosses(values, values @ scalars[: len(task.terms)], slopes)
+    return RowLosses(values, values @ layout.scalars[: len(task.terms)], slopes)
 
 
 def gradient_dtype(student: Tensor) -> torch.dtype:
@@ -250,43 +268,42 @@ def _same_within_item(term: RowTerm) -> bool:
     return valid is None or all(stride == 0 for stride in valid.stride()[1:])
 
 
-def _distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """The tensors without repetitions, and for each its number among them."""
+def _distinct(things: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """The things without repetitions, and for each its number among them."""
     found: dict[int, int] = {}
-    distinct: list[Tensor] = []
-    for tensor in tensors:
-        if id(tensor) not in found:
-            found[id(tensor)] = len(distinct)
-            distinct.append(tensor)
-    return distinct, [found[id(tensor)] for tensor in tensors]
+    distinct: list[Any] = []
+    for thing in things:
+        if id(thing) not in found:
+            found[id(thing)] = len(distinct)
+            distinct.append(thing)
+    return distinct, [found[id(thing)] for thing in things]
 
 
-def _row_weights(task: RowTask, cut: _Cut, dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
-    """For each row its share in the mean of a term: terms with the same mask have theirs in common."""
-    student = task.student
-    positions = [size for dim, size in enumerate(student.shape) if dim != task.dim % student.ndim]
+def _row_weights(
+    terms: Sequence[RowTerm], positions: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[int]]:
+    """For each position its share in the mean of a term: terms with the same mask have theirs in common."""
     found: dict[tuple[int | None, bool], int] = {}
     weights: list[Tensor] = []
     numbers = []
-    for term in task.terms:
+    for term in terms:
         key = (None if term.valid is None else id(term.valid), term.mean)
         if key not in found:
             found[key] = len(weights)
             if term.valid is None:
                 share = 1 / max(math.prod(positions), 1) if term.mean else 1.0
-                shares = torch.full((1,), share, dtype=dtype, device=student.device).expand(positions)
+                weights.append(torch.full((), share, dtype=dtype, device=device).expand(positions))
             else:
                 counted = term.valid.to(dtype)
-                shares = counted / counted.sum().clamp_min(1) if term.mean else counted
-            weights.append(cut.positions(shares))
+                weights.append(counted / counted.sum().clamp_min(1) if term.mean else counted)
         numbers.append(found[key])
     return weights, numbers
 
 
-def _temperatures(task: RowTask) -> tuple[list[float | Tensor], list[int]]:
+def _temperatures(terms: Sequence[RowTerm]) -> tuple[list[float | Tensor], list[int]]:
     temperatures: list[float | Tensor] = []
     numbers = []
-    for term in task.terms:
+    for term in terms:
         same = [n for n, each in enumerate(temperatures) if each is term.temperature or _equal(each, term.temperature)]
         numbers.append(same[0] if same else len(temperatures))
         if not same:

@@ -174,3 +174,45 @@ def test_in_place_looking_up_while_the_forward_still_runs():
     assert torch.equal(seen[0], want)
     assert torch.equal(captured["bn"]["output"], want)
     assert same_gradients(gradients(seen[0], model), gradients(want, model))
+
+
+class Thrifty(nn.Module):
+    """Attention that uses its query's memory for something else before it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.heads(x)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        query.mul_(0)
+        return mixed
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def test_in_place_what_attention_saw_is_overwritten_before_its_module_returns():
+    model, x = Thrifty(), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        query, key, _ = model.heads(x)
+        with Capture(model, [":attention", ":attention_scores", ":query", ":key"]) as captured:
+            model(x)
+    scores = query @ key.transpose(-2, -1) / 2
+    torch.testing.assert_close(captured[""]["attention_scores"], scores)
+    torch.testing.assert_close(captured[""]["attention"], scores.softmax(-1))
+    assert torch.equal(captured[""]["query"], query)
+    assert torch.equal(captured[""]["key"], key)
+
+
+def test_in_place_attention_kept_as_query_and_key_forces_no_copy_once_it_is_looked_up():
+    model, x = Then(lambda h: nn.functional.scaled_dot_product_attention(h, h, h)), torch.randn(1, 2, 3, 4)
+    with torch.no_grad():
+        capture = Capture(model, ":attention")
+        captured = capture.open(keeps_calls=True)
+        model(x)
+        call = captured.attention_call("", "attention")
+        address = torch._C._data_address(call.query)
+        assert call.query.data_ptr() == address == call.key.data_ptr()
+        capture.close()
