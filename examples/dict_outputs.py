@@ -1,7 +1,7 @@
 """A module of one's own that returns nested dicts: which addresses it offers, and how they are matched.
 
 A toy detector: a pyramid of two levels of features and two heads, `{"features": {"p2", "p3"}, "boxes", "scores"}`, on random
-pictures. There is nothing to learn beyond imitation; the point is the addresses. FIGURES
+pictures. There is nothing to learn beyond imitation; the point is the addresses. Half a minute on one CPU core.
 """
 
 import argparse

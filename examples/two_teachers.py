@@ -1,11 +1,11 @@
 """Two teachers, each of which has seen half of the labels, teach one student that has seen 100.
 
-scikit-learn's digits, 8 × 8: two convnets of 10,930 parameters learn from 548 labelled pictures each; the student, of 1,946, gets
-100 labels, ten of a class, and both teachers' view of all 1,097 others. `teacher_model=` in a match says whose tensor is meant.
-All arms take the same 300 steps, and three learning rates each.
+scikit-learn's digits, 8 × 8: two convnets of 10,658 parameters learn from 548 labelled pictures each; the student, of 1,946,
+gets 100 labels, ten of a class, and both teachers' view of all 1,097 others. `teacher_model=` in a match says whose tensor is
+meant. All arms take the same 300 steps, and three learning rates each.
 
-Per cent of 600 held-out pictures, mean of three seeds at the best of the rates: teacher a 98.2, teacher b 99.2; alone 93.0, from
-a 97.9, from b 98.5, from both 98.2. Two teachers were no better than the better one of them. 3 minutes on one CPU core.
+Per cent of 600 held-out pictures, mean of three seeds at the best of the rates: teacher a 98.2, teacher b 99.2; alone 93.0,
+from a 97.9, from b 98.5, from both 98.2. Two teachers were no better than the better one of them. 3 minutes on one CPU core.
 """
 
 import argparse

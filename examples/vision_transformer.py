@@ -94,6 +94,7 @@ def accuracy(model: nn.Module, rows: Rows) -> float:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--steps", type=int, default=600)
+    options.add_argument("--teacher-steps", type=int, default=400)
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     options = options.parse_args()
@@ -102,7 +103,8 @@ def main() -> None:
     few = keep_labels(rows, per_class=10)
     torch.manual_seed(0)
     teacher = convnet()
-    train(Distiller(None, teacher, [Match(None, "head", loss="cross_entropy", target="labels")]), rows, steps=400, lr=1e-2)
+    labels = Match(None, "head", loss="cross_entropy", target="labels")
+    train(Distiller(None, teacher, [labels]), rows, steps=options.teacher_steps, lr=1e-2)
     print(f"{'teacher':<12}{sum(p.numel() for p in teacher.parameters()):>8,}  {accuracy(teacher, held_out):.1f} %")
     labelled = [row for row in few if row["labels"] != UNLABELLED]
     for arm, matches, seen in (("alone", [LABELS], labelled), ("distilled", [LABELS, TEACHER], few)):
