@@ -29,7 +29,7 @@ def plan(recipe: RecipeFile, assignments: Assignments = None, as_json: AsJson = 
     """
     from ..recipe_file import load
 
-    made = load(recipe, overrides=assignments or ()).plan()
+    made = load(recipe, overrides=assignments or ()).check()
     matches = [{**dataclasses.asdict(row), "value": finite(row.value)} for row in made]
     result(lambda: str(made), {"matches": matches, "inputs": list(made.inputs)}, as_json=as_json)
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from ..distiller import Distiller
 from ..errors import HookDistillError, MatchError, RecipeError
+from ..evaluation import Evaluator
 from ..matches import Match
 from ..plan import Plan
 from ..trainer import Trainer
@@ -133,15 +134,28 @@ class Run:
                 return distiller.plan(batch)
 
     @cached_property
+    def evaluators(self) -> list[Evaluator]:
+        """What measures the held-out rows."""
+        return [
+            self._built(("evaluators", i), lambda item=item: build_evaluator(item, self.document.folder))  # type: ignore[misc]
+            for i, item in enumerate(self.recipe.evaluators)
+        ]
+
+    def check(self) -> Plan:
+        """The plan, and a look at all that a training would need later: a batch to measure on, evaluators, the optimizer."""
+        made, spec = self.plan(), self.recipe.trainer
+        if (held_out := self.loaders[1]) is not None:
+            self._built(("data",), lambda: next(iter(held_out)))
+        self._built(("trainer", "optimizer"), lambda: optimizer(spec.optimizer, lr=spec.lr))
+        _ = self.evaluators
+        return made
+
+    @cached_property
     def trainer(self) -> Trainer:
         """The trainer; its plan is made already, so that mistakes in matches are found here."""
         spec = self.recipe.trainer
         self.plan()
         train, held_out = self.loaders
-        evaluators = [
-            self._built(("evaluators", i), lambda item=item: build_evaluator(item, self.document.folder))  # type: ignore[misc]
-            for i, item in enumerate(self.recipe.evaluators)
-        ]
         return self._built(
             ("trainer",),
             lambda: Trainer(
@@ -155,7 +169,7 @@ class Run:
                 accumulate=spec.accumulate,
                 clip_norm=spec.clip_norm,
                 mixed_precision=spec.mixed_precision,
-                evaluators=evaluators,
+                evaluators=self.evaluators,
                 evaluate_every=spec.evaluate_every,
                 best=spec.best,
                 higher_is_better=spec.higher_is_better,

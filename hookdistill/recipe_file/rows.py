@@ -240,10 +240,17 @@ def _dataset(source: Source, folder: Path) -> Any:
     try:
         if (place / "state.json").exists() or (place / "dataset_dict.json").exists():
             found = datasets.load_from_disk(str(place))
-            found = found[source.split] if source.split is not None else found
+            if source.split is not None:
+                if not isinstance(found, Mapping) or source.split not in found:
+                    parts = list(found) if isinstance(found, Mapping) else []
+                    hint = did_you_mean(source.split, parts)
+                    raise RecipeError(f"the data set has no part {source.split!r}.{hint} It has {listing(parts)}")
+                found = found[source.split]
         else:
             name = str(place) if place.exists() else source.dataset
             found = datasets.load_dataset(name, source.subset, split=source.split)
+    except RecipeError:
+        raise
     except Exception as error:
         raise RecipeError(f"the data set {source.dataset!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if isinstance(found, Mapping):

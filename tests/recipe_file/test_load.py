@@ -411,6 +411,34 @@ def test_a_data_set_needs_its_library(run, monkeypatch):
         run(recipe(data__train={"dataset": "imdb", "split": "train"})).plan()
 
 
+def test_data_sets(run, tmp_path, tiny_bert):
+    datasets = pytest.importorskip("datasets")
+    rows = {"text": ["the cat", "the dog"], "label": [0, 1]}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows)}).save_to_disk(tmp_path / "saved")
+    data = text_recipe(tiny_bert, "none")
+    data["data"]["train"] = {"dataset": "saved", "split": "train", "rename": {"label": "labels"}}
+    (batch,) = run(data).loaders[0]
+    assert batch["labels"].tolist() == [0, 1]
+    data["data"]["train"]["split"] = "trian"
+    with pytest.raises(RecipeError, match=r"no part 'trian'\. Did you mean 'train'"):
+        run(data).plan()
+
+
+def test_a_check_looks_at_what_is_needed_later(run):
+    for change, says in (
+        ({"evaluators": [{"factory": "nets:number"}]}, "evaluators.0: 'nets:number' is no function"),
+        ({"data__hold_out": None, "data__eval": {"factory": "nets:nowhere"}}, "data.eval: 'nets' has no 'nowhere'"),
+        ({"trainer__optimizer": {"arguments": {"beta": 1}}}, "trainer.optimizer: torch.optim.AdamW takes no argument 'beta'"),
+    ):
+        with pytest.raises(RecipeError, match=says):
+            run(recipe(**change)).check()
+
+
+def test_rows_are_loaded_by_worker_processes(run):
+    made = run(recipe(data__workers=1, trainer__max_steps=2, trainer__epochs=None))
+    assert made.trainer.train().losses == run(recipe(trainer__max_steps=2, trainer__epochs=None)).trainer.train().losses
+
+
 def test_the_keys_of_a_match_are_those_of_match():
     import inspect
 
