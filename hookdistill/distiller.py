@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .addresses import Address, parse
 from .attention import AttentionCall
 from .batches import BatchAdaptor, BatchKey, Inputs, check_fits, contents, given_inputs, has_item, model_inputs
-from .engine import STUDENT, DistillationLoss, Losses, Passing, Shares, Step, in_match
+from .engine import STUDENT, DistillationLoss, Losses, Passing, Shares, Step, in_match, student_inputs, teacher_inputs
 from .errors import AddressError, BatchError, HookDistillError, MatchError, listing
 from .export import save_student
 from .fused.head import Head
@@ -27,7 +27,7 @@ from .matches import Match, as_matches
 from .paths import resolve, unwrap
 from .plan import Plan, check_values, expand, row
 from .recorder import Receiver, Recorded, Recorder, Recorders
-from .running import device_of, teaching, undisturbed
+from .running import device_of, evaluating, teaching, undisturbed
 
 ORDERS = ("student first", "teacher first")
 
@@ -168,9 +168,9 @@ class Distiller(nn.Module):
         return True
 
     def _dry_run(self, batch: Any, *, make_adapters: bool) -> Plan:
-        opened_here, adapters = self._recorders is None, set(self.adapters)
+        opened_here, adapters, states = self._recorders is None, set(self.adapters), set(self.loss.loss_modules)
         try:
-            with self._running(batch, dry=True) as run, undisturbed(self.student):
+            with self._running(batch, dry=True) as run, undisturbed(self.student), evaluating(self.loss):
                 with contextlib.ExitStack() as watching:
                     seen = self._watched(watching)
                     teachers, student = run.teachers(), run.student()
@@ -190,9 +190,18 @@ class Distiller(nn.Module):
                         check_values(term, tensors.student, tensors.other, tensors.mask)
                         if make_adapters:
                             self.loss.add_adapter(name, tensors.student, tensors.other)
+                            self.loss.add_state(name, teachers, student, batch)
                 parts = losses.finish(teachers).parts
                 rows = tuple(
-                    row(name, self.loss.terms[name], tensors, self.loss.adapter(name), losses.choices[name], float(parts[name]))
+                    row(
+                        name,
+                        self.loss.terms[name],
+                        tensors,
+                        self.loss.adapter(name),
+                        losses.choices[name],
+                        float(parts[name]),
+                        state=self.loss.state(name),
+                    )
                     for name, tensors in compared.items()
                 )
         except BaseException:
@@ -200,7 +209,11 @@ class Distiller(nn.Module):
                 self.close()
             for key in set(self.adapters) - adapters:
                 del self.adapters[key]
+            for key in set(self.loss.loss_modules) - states:
+                del self.loss.loss_modules[key]
             raise
+        for key in set(self.loss.loss_modules) - states:  # made in a dry run, which is in eval mode
+            self.loss.loss_modules[key].train(self.loss.training)
         return Plan(rows=rows, inputs=self._inputs(batch).lines())
 
     def _watched(self, watching: contextlib.ExitStack) -> dict[str | None, Seen]:
@@ -230,7 +243,7 @@ class Distiller(nn.Module):
         terms, heads = self.loss.terms, self._heads or {}
         elsewhere = []
         for name, term in terms.items():
-            for what, source in (("mask", term.mask), ("target", term.target)):
+            for what, source in {"mask": term.mask, "target": term.target, **student_inputs(term)}.items():
                 if isinstance(source, (str, int)) and not has_item(batch, source):
                     with in_match(name):
                         elsewhere.append(self._source_address(what, source, batch))
@@ -254,8 +267,9 @@ class Distiller(nn.Module):
         weakref.finalize(self, self._recorders.close)
 
     def _teacher_addresses(self, name: str | None) -> list[Address]:
-        terms = self.loss.terms.values()
-        return [each.teacher_address for each in terms if each.teacher_address and each.teacher_model == name]
+        terms = [each for each in self.loss.terms.values() if each.teacher_address and each.teacher_model == name]
+        named = [each.teacher_address for each in terms if each.teacher_address]
+        return [*named, *(address for each in terms for address in teacher_inputs(each))]
 
     def _source_address(self, what: str, source: BatchKey, batch: Any) -> Address:
         try:
@@ -277,6 +291,9 @@ class Distiller(nn.Module):
         terms = self.loss.terms.values()
         targets = {each.target for each in terms if isinstance(each.target, (str, int))}
         masks = {each.mask for each in terms if isinstance(each.mask, (str, int))}
+        further = {each for term in terms for each in student_inputs(term).values() if isinstance(each, (str, int))}
+        # As targets they fill no parameter by position; as masks they are not withheld from a parameter of their name.
+        targets, masks = targets | further, masks | further
         return _AllInputs(
             {name: model_inputs(model, batch, targets=targets, masks=masks) for name, model in running.items()},
             model_inputs(self.student, batch, targets=targets, masks=masks),

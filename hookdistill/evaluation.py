@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 ADAPTERS = "adapters.safetensors"
+LOSS_MODULES = "loss_modules.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,12 +147,20 @@ def measure(evaluators: Sequence[Evaluator], evaluation: Evaluation) -> Measurem
 
 
 def save(distiller: Distiller, path: str | os.PathLike[str]) -> None:
-    """Write the student to the folder ``path``, and beside it the adapters, where they have a state, as `ADAPTERS`."""
+    """Write the student to the folder ``path``, and beside it, where they have a state, adapters and modules of losses.
+
+    They are `ADAPTERS` and `LOSS_MODULES`.
+    """
     distiller.export(path)
-    if distiller.adapters.state_dict():
-        write_whole(path, lambda folder: save_weights(distiller.adapters, folder / ADAPTERS))
-    else:
-        (Path(path) / ADAPTERS).unlink(missing_ok=True)  # those of an earlier run do not belong to this student
+    for modules, name in ((distiller.adapters, ADAPTERS), (distiller.loss.loss_modules, LOSS_MODULES)):
+        if modules.state_dict():
+            write_whole(path, partial(_write_modules, modules, name))
+        else:
+            (Path(path) / name).unlink(missing_ok=True)  # those of an earlier run do not belong to this student
+
+
+def _write_modules(modules: nn.Module, name: str, folder: Path) -> None:
+    save_weights(modules, folder / name)
 
 
 def _loader(evaluation: Evaluation, asked_by: str) -> Iterable[Any]:

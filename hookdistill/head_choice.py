@@ -10,7 +10,7 @@ from torch import nn
 
 from .addresses import Address
 from .engine import STUDENT, Compared, DistillationLoss, fast, in_match
-from .engine.terms import compared, options
+from .engine.terms import compared, features_at, own_options
 from .errors import MatchError
 from .fused.forms import FORMS
 from .heads import FoundHead, Seen, find_head
@@ -112,11 +112,14 @@ def _why_whole(
     for name, term in terms.items():
         with in_match(name):
             each = tensors[name]
-            arguments = options(term, each.student, each.mask, run.batch, run.student, 0)
+            device = each.student.device
+            arguments = own_options(term, each.mask, run.batch, run.student, 0, device)
             row = fast.row_term(term.spec, each.student, each.other, arguments, 1.0)
         if isinstance(row, str):
             return f"{name} has {row}"
-        if row[0].form.family == "features" or row[1] not in (-1, each.student.ndim - 1):
+        if term.further:
+            return f"{name} has inputs="
+        if row[0].form.family == "features" or features_at(term, each.student) != -1:
             return f"{name} does not compare logits with their classes last"
         if isinstance(term.adapter, nn.Module):
             return f"{name} has an adapter"

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from .adapters import check_adapter_name
 from .addresses import Address, parse
-from .batches import BatchKey
 from .errors import AddressError, HookDistillError, LossError, MatchError, did_you_mean, listing
+from .inputs import Input, Source, read_inputs
 from .layer_maps import LAYER_MAPS
 from .losses.registry import LossSpec, loss_spec
 
 Schedule = Callable[[int], float]
-Source = BatchKey | Callable[[Any], Tensor]
 
 _OLD_KINDS = ("ts_distill", "hard_distill")
 _OLD_LOSSES = {"cos": "cosine", "mse_with_mask": "mse", "attention_mse_with_mask": "attention_mse"}
@@ -43,8 +42,10 @@ class Match:
         temperature: for losses that take one; positive, or a function of the step.
         teacher_model: which of several teachers.
         layer_map: how wildcards are paired.
+        inputs: further tensors for keywords of the loss, by name: what begins with ``teacher`` is an address in the teacher,
+            any other is given as ``mask`` is. A list gives the loss a list of tensors.
         name: key of the value in ``losses.parts``; default ``student <- teacher: loss``.
-        loss_args: further keyword arguments of the loss.
+        loss_args: further keyword arguments of the loss, or of its state.
 
     Raises:
         MatchError: anything that is wrong on its face; what depends on the models is found when the plan is made.
@@ -61,11 +62,14 @@ class Match:
     temperature: float | Schedule
     teacher_model: str | None
     layer_map: str
+    inputs: Mapping[str, Any] | None
     name: str | None
     loss_args: Mapping[str, Any]
     spec: LossSpec = field(repr=False)
     teacher_address: Address | None = field(repr=False)
     student_address: Address = field(repr=False)
+    further: tuple[Input, ...] = field(repr=False)
+    """``inputs``, as they were read."""
 
     def __init__(
         self,
@@ -81,6 +85,7 @@ class Match:
         temperature: float | Schedule = 1.0,
         teacher_model: str | None = None,
         layer_map: str = "uniform",
+        inputs: Mapping[str, Any] | None = None,
         name: str | None = None,
         **loss_args: Any,
     ) -> None:
@@ -103,7 +108,11 @@ class Match:
         _check_number("weight", self.weight, lowest=-math.inf)
         _check_number("temperature", self.temperature, lowest=0.0)
         _check_sources(self)
+        keywords = dict.fromkeys((*self.spec.parameters, *self.spec.state_parameters))
+        further = read_inputs(self.inputs, loss=self.spec.name, keywords=keywords, anything=self.spec.accepts_any)
+        object.__setattr__(self, "further", further)
         _check_loss_args(self)
+        _check_required(self)
         if not isinstance(self.layer_map, str) or self.layer_map not in LAYER_MAPS:
             hint = did_you_mean(str(self.layer_map), LAYER_MAPS)
             raise MatchError(f"unknown layer_map {self.layer_map!r}.{hint} Known are {listing(LAYER_MAPS)}")
@@ -112,11 +121,18 @@ class Match:
                 raise MatchError(f"{str(address)!r} is a list of tensors; a match compares one: choose a call, as in @-1")
 
     def at(
-        self, teacher: Address | None, student: Address, *, name: str | None = None, teacher_model: str | None = None
+        self,
+        teacher: Address | None,
+        student: Address,
+        *,
+        name: str | None = None,
+        teacher_model: str | None = None,
+        further: tuple[Input, ...] | None = None,
     ) -> Match:
         """The same comparison of other tensors: what a wildcard entry becomes for each pair of layers."""
         twin = copy.copy(self)
-        changed = {"teacher_address": teacher, "student_address": student, "teacher_model": teacher_model}
+        changed: dict[str, Any] = {"teacher_address": teacher, "student_address": student, "teacher_model": teacher_model}
+        changed["further"] = self.further if further is None else further
         for key, value in {**changed, "name": name or self.name}.items():
             object.__setattr__(twin, key, value)
         return twin
@@ -182,7 +198,7 @@ def _from_dict(item: Mapping[str, Any]) -> Match:
     sides = ("teacher", "student") if kind == "ts_distill" else ("student",)
     needed = [f"{side}_layer_{part}" for side in sides for part in ("name", "output_name")] + ["loss"]
     ignored = {"type", "teacher_layer_name", "teacher_layer_output_name"}
-    passed_on = ("weight", "target", "mask", "name", "adapter", "temperature", "teacher_model", "layer_map")
+    passed_on = ("weight", "target", "mask", "name", "adapter", "temperature", "teacher_model", "layer_map", "inputs")
     if unknown := [key for key in item if key not in {*needed, *ignored, *passed_on}]:
         known = ["type", *needed, *passed_on]
         raise MatchError(f"unknown key {unknown[0]!r}.{did_you_mean(str(unknown[0]), known)} Known are {listing(known)}")
@@ -254,6 +270,7 @@ def _check_loss_args(match: Match) -> None:
     spec = match.spec
     known = [name for name in spec.parameters if name not in ("temperature", "target")]
     known += ["reduction"] if spec.accepts_reduction else []
+    known += [name for name in spec.state_parameters if name not in known]
     unknown = [name for name in match.loss_args if name not in known] if not spec.accepts_any else []
     if unknown:
         options = (
@@ -265,6 +282,7 @@ def _check_loss_args(match: Match) -> None:
             "temperature",
             "teacher_model",
             "layer_map",
+            "inputs",
             "name",
         )
         raise MatchError(
@@ -275,11 +293,27 @@ def _check_loss_args(match: Match) -> None:
         raise MatchError(f"dim= is the number of a dimension, got {match.loss_args['dim']!r}")
     if match.temperature != 1.0 and not spec.accepts_temperature:
         raise MatchError(f"temperature={match.temperature!r} is given, but the loss {spec.name!r} takes no temperature")
-    if match.teacher is not None and match.target is not None and "target" not in spec.parameters and not spec.accepts_any:
+    takes_both = spec.accepts_any or ("target" in spec.parameters and match.loss != "cross_entropy")
+    if match.teacher is not None and match.target is not None and not takes_both:
         raise MatchError(
-            f"both a teacher address and target={match.target!r} are given, but the loss {spec.name!r} takes no keyword "
-            "'target'. Write two entries: one against the teacher, one with teacher None against the target"
+            f"both a teacher address and target={match.target!r} are given, but the loss {_loss_name(match.loss)!r} is against "
+            "one of them. Write two entries: one against the teacher, one with teacher None against the target"
         )
+
+
+def _check_required(match: Match) -> None:
+    """The keywords of the loss that have no default are given; those that a state gives are found when it is made."""
+    inputs = [each.name for each in match.further]
+    if twice := [name for name in inputs if name in match.loss_args or (name == "target" and match.target is not None)]:
+        raise MatchError(f"{twice[0]!r} is given twice, by inputs= and as an argument; give it once")
+    if match.teacher is None and (of_teacher := [each.name for each in match.further if each.of_teacher]):
+        raise MatchError(f"inputs[{of_teacher[0]!r}] is an address in the teacher, but the entry has no teacher")
+    given = {"temperature", "dim", *match.loss_args, *inputs, *(["target"] if match.target is not None else [])}
+    missing = [] if match.spec.state is not None else [name for name in match.spec.required if name not in given]
+    if missing:
+        ways = ["as an argument", "by inputs={…}, an item of the batch or an address"]
+        ways = ["by target=, a key of the batch", *ways[1:]] if missing[0] == "target" else ways
+        raise MatchError(f"the loss {match.spec.name!r} needs {missing[0]!r}; give it {' or '.join(ways)}")
 
 
 def _loss_name(loss: object) -> str:

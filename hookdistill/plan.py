@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .addresses import Address, Segment
 from .engine import Choice, Compared
 from .errors import AddressError, MatchError, listing
+from .inputs import Input
 from .layer_maps import LAYER_MAPS
 from .matches import Match
 from .paths import Found, resolve
@@ -82,7 +83,8 @@ def expand(match: Match, teachers: Mapping[str | None, nn.Module], student: nn.M
         raise MatchError(f"{match.label}: teacher: {error}") from error
     theirs = [_concrete(found, match.teacher_address) for found in found_teachers]
     pairs = _pairs(match, theirs, ours)
-    return [_at(match, t, s, index, len(pairs), teacher_name) for index, (t, s) in enumerate(pairs)]
+    further = tuple(_resolved(match, each, teachers[teacher_name]) for each in match.further)
+    return [_at(match, t, s, index, len(pairs), teacher_name, further) for index, (t, s) in enumerate(pairs)]
 
 
 def check_values(term: Match, student: Tensor, other: Tensor, mask: Tensor | None) -> None:
@@ -109,11 +111,20 @@ def check_values(term: Match, student: Tensor, other: Tensor, mask: Tensor | Non
             )
 
 
-def row(name: str, term: Match, tensors: Compared, adapter: nn.Module | None, choice: Choice, value: float) -> PlanRow:
+def row(
+    name: str,
+    term: Match,
+    tensors: Compared,
+    adapter: nn.Module | None,
+    choice: Choice,
+    value: float,
+    *,
+    state: nn.Module | None = None,
+) -> PlanRow:
     """The line of the plan for one comparison."""
     student, other = tensors.student, tensors.other
     spec, temperature = term.spec, term.temperature
-    options = [f"{key}={setting!r}" for key, setting in term.loss_args.items()]
+    options = [*map(str, term.further), *(f"{key}={_setting(setting)}" for key, setting in term.loss_args.items())]
     if spec.accepts_temperature and temperature != 1.0:
         options.insert(0, f"T={temperature:g}" if not callable(temperature) else "T=schedule")
     if "dim" in spec.parameters and student.dim() in (4, 5) and "dim" not in term.loss_args:
@@ -128,7 +139,7 @@ def row(name: str, term: Match, tensors: Compared, adapter: nn.Module | None, ch
         student=str(term.student_address),
         student_shape=tuple(student.shape),
         dtypes=_short(student.dtype) if student.dtype == other.dtype else f"{_short(student.dtype)}/{_short(other.dtype)}",
-        adapter=_adapter_name(adapter),
+        adapter=" + ".join(filter(None, [_adapter_name(adapter), "" if state is None else type(state).__name__])),
         loss=spec.name + (f"({', '.join(options)})" if options else ""),
         weight="schedule" if callable(term.weight) else f"{term.weight:g}",
         mask="" if term.mask is None else _source_name(term.mask),
@@ -142,9 +153,28 @@ def _concrete(found: Found, address: Address) -> Address:
     return Address(segments, address.selector, address.call)
 
 
-def _at(match: Match, teacher: Address | None, student: Address, index: int, count: int, teacher_name: str | None) -> Match:
+def _resolved(match: Match, given: Input, teacher: nn.Module) -> Input:
+    """Addresses in the teacher with their full paths, so that one tensor has one spelling."""
+    if not given.of_teacher:
+        return given
+    try:
+        found = [(resolve(teacher, each), each) for each in given.sources if isinstance(each, Address)]
+    except AddressError as error:
+        raise MatchError(f"{match.label}: inputs[{given.name!r}]: {error}") from error
+    return replace(given, sources=tuple(_concrete(one[0], address) for one, address in found))
+
+
+def _at(
+    match: Match,
+    teacher: Address | None,
+    student: Address,
+    index: int,
+    count: int,
+    teacher_name: str | None,
+    further: tuple[Input, ...] | None = None,
+) -> Match:
     name = f"{match.name}.{index}" if match.name is not None and count > 1 else None
-    return match.at(teacher, student, name=name, teacher_model=teacher_name)
+    return match.at(teacher, student, name=name, teacher_model=teacher_name, further=further)
 
 
 def _teacher_name(match: Match, teachers: Mapping[str | None, nn.Module]) -> str | None:
@@ -182,6 +212,13 @@ def _adapter_name(adapter: nn.Module | None) -> str:
     if getattr(adapter, "resize", False) is True:
         parts.append("resize")
     return " + ".join(parts)
+
+
+def _setting(value: object) -> str:
+    """An argument of a loss, short."""
+    if isinstance(value, Tensor):
+        return f"tensor{list(value.shape)}"
+    return type(value).__name__ if isinstance(value, nn.Module) else repr(value)
 
 
 def _module_name(module: nn.Module) -> str:

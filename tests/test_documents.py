@@ -40,6 +40,7 @@ def test_code_blocks_run(page, capsys, tmp_path, monkeypatch):
     torch.manual_seed(0)
     ids = torch.randint(1, 50, (2, 6))
     names = {
+        "__name__": page.stem,
         "hookdistill": hookdistill,
         "Match": hookdistill.Match,
         "batch": {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])},

@@ -12,3 +12,5 @@ from .step import Losses as Losses
 from .step import Shares as Shares
 from .step import Step as Step
 from .terms import Compared as Compared
+from .terms import student_inputs as student_inputs
+from .terms import teacher_inputs as teacher_inputs

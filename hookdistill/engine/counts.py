@@ -34,13 +34,15 @@ def counts(terms: Mapping[str, Match], batch: Any) -> dict[str, Tensor]:
 
 def _count(term: Match, batch: Any) -> Tensor:
     mask = None if term.mask is None else _of_batch("mask", term.mask, batch) != 0
-    if term.spec.name == "cross_entropy" and term.target is not None:
+    if "ignore_index" in term.spec.parameters and term.target is not None:
         labels = _of_batch("target", term.target, batch)
         if not labels.is_floating_point():
             labelled = labels != int(term.loss_args.get("ignore_index", -100))
             mask = labelled if mask is None else labelled & mask.reshape(mask.shape + (1,) * (labels.ndim - mask.ndim))
     if mask is None:
         return torch.tensor(_examples(batch), dtype=torch.float64)
+    if term.spec.per == "sample" and term.loss_args.get("samples") != "positions":
+        return mask.reshape(mask.shape[0], -1).any(-1).sum(dtype=torch.float64)
     if term.loss_args.get("causal_shift"):
         mask = mask[..., 1:]
     if term.spec.name == "attention_mse" and mask.ndim == 2:

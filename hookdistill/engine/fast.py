@@ -16,6 +16,7 @@ from ..fused.attention import AttentionTask, Heads, Kind, attention_losses
 from ..fused.compiler import compiled_block, compiler_available
 from ..fused.forms import FORMS
 from ..fused.head import Head, HeadTask, head_losses
+from ..fused.relations import RelationTask, relation_losses
 from ..fused.rows import RowTask, RowTerm, block_losses, run_rows
 from ..losses.reduction import fit_mask
 from ..losses.registry import LossSpec, registered_losses
@@ -44,7 +45,7 @@ class Choice:
         return f"{self.implementation} ({self.reason})" if self.reason else self.implementation
 
 
-Task = RowTask | AttentionTask | HeadTask
+Task = RowTask | AttentionTask | RelationTask | HeadTask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,9 +70,7 @@ def row_term(
     form = FORMS.get(spec.name)
     if form is None or spec.function is not registered_losses()[spec.name].function:
         return "no closed form"
-    labels = form.family == "labels"
-    known = {"mask", "reduction", "dim", "temperature", *form.constants, *(("ignore_index", "causal_shift") if labels else ())}
-    if unknown := [name for name in arguments if name not in known]:
+    if unknown := [name for name in arguments if name not in {*_KNOWN[form.family], *form.constants}]:
         return f"no closed form with {unknown[0]}="
     constants = {name: arguments.get(name, default) for name, default in form.constants.items()}
     if not all(isinstance(value, (int, float)) for value in constants.values()) or not form.allows(constants):
@@ -81,20 +80,26 @@ def row_term(
     if reason := _unusual(student) or _unusual(other):
         return reason
     dim, rank = int(arguments.get("dim", -1)), len(student.shape)
-    if not -rank <= dim < rank or not _is_real(student, other):
-        return "arguments"
-    positions = [size for number, size in enumerate(student.shape) if number != dim % rank]
-    if labels and isinstance(other, Tensor) and other.is_floating_point():
-        return "probabilities as target"
-    if other.shape != (torch.Size(positions) if labels else student.shape) or (labels and not positions):
-        return "shapes"
-    mask = arguments.get("mask")
-    valid = None if mask is None else fit_mask(mask, positions)
-    if labels and isinstance(other, Tensor):
-        other, valid = _labels(other, valid, int(arguments.get("ignore_index", -100)), bool(arguments.get("causal_shift")))
     temperature = arguments.get("temperature", 1.0)
-    if isinstance(temperature, Tensor) and temperature.ndim:
+    if not -rank <= dim < rank or not _is_real(student, other) or (isinstance(temperature, Tensor) and temperature.ndim):
         return "arguments"
+    positions = _without(student.shape, dim)
+    if form.family == "labels":
+        if isinstance(other, Tensor) and other.is_floating_point():
+            return "probabilities as target"
+        if not positions or other.shape != positions or not isinstance(other, Tensor):
+            return "shapes"
+        other, valid = _counted(arguments, positions, other, other.device)
+    else:
+        if len(other.shape) != rank or _without(other.shape, dim) != positions:
+            return "shapes"
+        if not _classes_fit(form.name, student.shape[dim], other.shape[dim], arguments.get("vocabulary", "same")):
+            return "shapes"
+        target = arguments.get("target")
+        if target is not None and (target.shape != positions or target.is_floating_point()):
+            return "arguments"
+        device = student.hidden.device if isinstance(student, Head) else student.device
+        _, valid = _counted(arguments, positions, target, device)
     term = RowTerm(
         form=form,
         other=other,
@@ -103,8 +108,74 @@ def row_term(
         mean=arguments.get("reduction", "mean") == "mean",
         temperature=temperature,
         coefficient=coefficient,
+        padded=arguments.get("vocabulary") == "padded",
     )
     return term, dim
+
+
+_KNOWN = {
+    "features": {"mask", "reduction", "dim"},
+    "distributions": {"mask", "reduction", "dim", "temperature", "target", "ignore_index", "causal_shift", "vocabulary"},
+    "labels": {"mask", "reduction", "dim", "ignore_index", "causal_shift"},
+}
+
+
+def _without(shape: Sequence[int], dim: int) -> torch.Size:
+    return torch.Size(size for number, size in enumerate(shape) if number != dim % len(shape))
+
+
+def _classes_fit(name: str, ours: int, theirs: int, vocabulary: str) -> bool:
+    """Whether the numbers of classes can be compared; where they cannot, the eager loss says why."""
+    if ours == theirs:
+        return vocabulary in ("same", "shared", "padded")
+    if vocabulary == "padded":  # the side that must cover the other is infinitely far from classes that it lacks
+        return not (ours < theirs and name in ("kl", "soft_cross_entropy")) and not (theirs < ours and name == "reverse_kl")
+    return vocabulary == "shared"
+
+
+def _counted(
+    arguments: Mapping[str, Any], positions: torch.Size, labels: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Labels without those that do not count, which become class 0, and the positions that do; ``None`` for all.
+
+    A shift leaves the rows in place: a token takes label and mask of the next, and the last one predicts nothing.
+    """
+    mask = arguments.get("mask")
+    valid = None if mask is None else fit_mask(mask, positions)
+    if labels is not None:
+        labelled = labels != int(arguments.get("ignore_index", -100))
+        valid = labelled if valid is None else valid & labelled
+    if arguments.get("causal_shift") and positions:
+        valid = torch.ones(positions, dtype=torch.bool, device=device) if valid is None else valid
+        labels, valid = None if labels is None else labels.roll(-1, -1), valid.roll(-1, -1)
+        valid[..., -1] = False
+    if labels is None:
+        return torch.empty(0), valid
+    assert valid is not None
+    return torch.where(valid, labels, 0).long(), valid
+
+
+def relation_task(
+    spec: LossSpec, student: Tensor, teacher: Tensor, arguments: Mapping[str, Any], coefficient: float | Tensor
+) -> RelationTask | str:
+    """MiniLMv2's loss without its maps; or why it is computed by its definition, which also says what is wrong."""
+    if spec.name != "relation_kl" or spec.function is not registered_losses()[spec.name].function:
+        return "no closed form"
+    if arguments.get("reduction", "mean") not in ("mean", "sum"):
+        return f"reduction={arguments['reduction']!r}"
+    if reason := _unusual(student) or _unusual(teacher):
+        return reason
+    fits = student.ndim == teacher.ndim == 4 and student.shape[::2] == teacher.shape[::2]
+    if not fits or not student.is_floating_point() or teacher.is_complex():
+        return "shapes"
+    heads, mask = arguments.get("heads"), arguments.get("mask")
+    heads = student.shape[1] if heads is None and student.shape[1] == teacher.shape[1] else heads
+    widths = [side.shape[1] * side.shape[3] for side in (student, teacher)]
+    if type(heads) is not int or heads < 1 or any(width % heads for width in widths):
+        return "arguments"
+    valid = None if mask is None else fit_mask(mask, (student.shape[0], student.shape[2]))
+    mean = arguments.get("reduction", "mean") == "mean"
+    return RelationTask(student=student, teacher=teacher, heads=heads, valid=valid, mean=mean, coefficient=coefficient)
 
 
 def _is_real(student: Tensor | Head, other: Tensor | Head) -> bool:
@@ -169,19 +240,6 @@ def attention_task(
     return AttentionTask(kind=kind, student=sides[0], teacher=sides[1], valid=valid, mean=mean, coefficient=coefficient)
 
 
-def _labels(labels: Tensor, valid: Tensor | None, ignored: int, shift: bool) -> tuple[Tensor, Tensor]:
-    """Labels without those that do not count, which become class 0, and the positions that do.
-
-    A shift leaves the rows in place: the last token predicts nothing.
-    """
-    counts = labels != ignored
-    valid = counts if valid is None else valid & counts
-    if shift:
-        labels, valid = labels.roll(-1, -1), valid.roll(-1, -1)
-        valid[..., -1] = False
-    return torch.where(valid, labels, 0).long(), valid
-
-
 def _unusual(tensor: Tensor | Head) -> str | None:
     if isinstance(tensor, Head):
         parts = (tensor.hidden, tensor.weight, *([] if tensor.bias is None else [tensor.bias]))
@@ -210,7 +268,7 @@ def choose(task: Task, impl: str) -> Choice:
     """
     if impl == "triton":
         raise MatchError("impl='triton' needs tensors on a CUDA device")
-    if isinstance(task, AttentionTask):
+    if isinstance(task, (AttentionTask, RelationTask)):
         return Choice("chunked", "no map")
     head = "head and loss in one" if isinstance(task, HeadTask) else ""
     if not compiler_available():
@@ -230,6 +288,10 @@ def run(task: Task, choice: Choice, *, gradient: bool) -> Computed:
             attention = attention_losses(task, gradient=gradient)
             slopes = ((task.student.query, attention.query), (task.student.key, attention.key))
             return Computed([attention.value], attention.total, [(to, slope) for to, slope in slopes if slope is not None])
+        if isinstance(task, RelationTask):
+            relation = relation_losses(task, gradient=gradient)
+            found = [] if relation.gradient is None else [(task.student, relation.gradient)]
+            return Computed([relation.value], relation.total, found)
         compiled = choice.implementation == "compiled" and gradient
         if isinstance(task, HeadTask):
             block, most = (compiled_block, HEAD_CHUNK) if compiled else (block_losses, CHUNK)

@@ -12,7 +12,7 @@ from ..attention import MAP_WORDS, AttentionCall, map_of
 from ..batches import contents, has_item, pick
 from ..errors import AddressError, BatchError, MatchError, listing
 from ..fused.head import Head
-from ..matches import Source
+from ..inputs import Source
 from .blame import user_code
 
 Captures = Mapping[str, Mapping[str, Tensor]]

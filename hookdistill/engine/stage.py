@@ -14,9 +14,20 @@ from ..matches import Match, as_matches
 from .counts import counts
 from .fast import IMPLEMENTATIONS
 from .lookup import Captures
+from .states import given_modules, make_state, needs_state
 from .step import Losses, Shares, Step
 from .streams import streams
-from .terms import Compared, features_at, is_adapted, module_key, named_terms, sketched
+from .terms import (
+    Compared,
+    adapted,
+    compared,
+    features_at,
+    further_tensors,
+    is_adapted,
+    module_key,
+    named_terms,
+    sketched,
+)
 
 
 class DistillationLoss(nn.Module):
@@ -50,6 +61,8 @@ class DistillationLoss(nn.Module):
                 self.adapters[module_key(name)] = term.adapter
             if isinstance(term.loss, nn.Module):
                 self.loss_modules[module_key(name)] = term.loss
+            if (given := given_modules(term)) is not None:
+                self.loss_modules[module_key(f"{name} arguments")] = given
 
     def forward(
         self,
@@ -77,7 +90,9 @@ class DistillationLoss(nn.Module):
 
     def begin(self, student_captures: Captures, batch: Any = None, *, step: int = 0, shares: Shares | None = None) -> Step:
         """A step whose entries are taken one by one, as the teacher's tensors come in; arguments as in `forward`."""
-        return Step(self.terms, self.adapter, student_captures, batch, step=step, shares=shares, impl=self.impl)
+        return Step(
+            self.terms, self.adapter, student_captures, batch, state=self.state, step=step, shares=shares, impl=self.impl
+        )
 
     def counts(self, batch: Any) -> dict[str, Tensor]:
         """For each entry that is a mean, the number of valid positions in ``batch``, up to a factor that all batches share.
@@ -102,6 +117,22 @@ class DistillationLoss(nn.Module):
                 adapter = fit_adapter(term.adapter, student, other, dim=features_at(term, other))
             if adapter is not None:
                 self.adapters[key] = adapter
+
+    def state(self, name: str) -> nn.Module | None:
+        """The module that keeps the parameters or the memory of the loss of entry ``name``, if that has been made."""
+        key = module_key(name)
+        return self.loss_modules[key] if self.terms[name].spec.state is not None and key in self.loss_modules else None
+
+    def add_state(self, name: str, teacher_captures: Any, student_captures: Captures, batch: Any) -> None:
+        """Make the module that the loss of entry ``name`` needs, if it needs one and has none yet; its adapter comes first."""
+        term = self.terms[name]
+        if not needs_state(term) or self.state(name) is not None:
+            return
+        tensors = compared(term, teacher_captures, student_captures, batch)
+        student = adapted(term, self.adapter(name), tensors)
+        further = further_tensors(term, teacher_captures, student_captures, batch, student.device)
+        arguments = {"dim": features_at(term, student), **term.loss_args, **further}
+        self.loss_modules[module_key(name)] = make_state(term, student, tensors.other, arguments).train(self.training)
 
     def tensors(self, name: str, teacher_captures: Any, student_captures: Captures, batch: Any) -> Compared:
         """What entry ``name`` compares; maps of attention that are not made are stood for by ones without values."""

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from ..addresses import Address
 from ..errors import MatchError
 from ..fused.head import Head, HeadTask
+from ..fused.relations import RelationTask
 from ..fused.rows import RowTask, RowTerm
 from ..matches import Match
 from . import fast
 from .blame import at_step, in_match
 from .fast import Choice, Task
 from .lookup import Captures, attention_call, captures_of, head_at, sourced
-from .terms import Compared, adapted, check_head_trains, check_trains, compared, eager_value, options, trainable
+from .terms import adapted, check_head_trains, check_trains, compared, eager_value, options, own_options, trainable
 from .total import attach
 
 Shares = Mapping[str, float | Tensor]
@@ -71,7 +72,8 @@ class Step:
         terms: the entries by name.
         adapter: gives the adapter of an entry.
         student_captures: ``{layer: {output: tensor}}``, complete.
-        batch: where masks and targets are looked up.
+        batch: where masks, targets and further inputs are looked up.
+        state: gives the module of an entry whose loss has one.
         step: what schedules are asked for.
         shares: a factor on the weight of entries, by name.
         impl: see `DistillationLoss`.
@@ -84,10 +86,12 @@ class Step:
         student_captures: Captures,
         batch: Any,
         *,
+        state: Callable[[str], nn.Module | None],
         step: int = 0,
         shares: Shares | None = None,
         impl: str = "auto",
     ) -> None:
+        self.state = state
         self.terms, self.adapter, self.student_captures, self.batch = terms, adapter, student_captures, batch
         self.step, self.shares, self.impl = step, shares or {}, impl
         self.choices: dict[str, Choice] = {}
@@ -149,7 +153,7 @@ class Step:
     def _take(self, name: str, teacher_captures: Any, *, transient: bool = False) -> None:
         term = self.terms[name]
         if not self._take_head(name, term, teacher_captures) and not self._take_attention(name, term, teacher_captures):
-            self._take_tensors(name, term, compared(term, teacher_captures, self.student_captures, self.batch), transient)
+            self._take_tensors(name, term, teacher_captures, transient)
         del self._open[name]
         self._waiting[term.student_address] -= 1
         if not self._waiting[term.student_address]:
@@ -169,7 +173,7 @@ class Step:
             captures = captures_of(teacher_captures, term.teacher_model)
             other = self._head(term.teacher_model, captures, term.teacher_address)
         check_head_trains(term, student)
-        arguments = options(term, None, self._mask(term, student.hidden.device), self.batch, self.student_captures, self.step)
+        arguments = self._own_options(term, student.hidden.device)
         weight = self._weight(name, term)
         row = "the teacher's logits are whole" if other is None else fast.row_term(term.spec, student, other, arguments, weight)
         if isinstance(row, str):
@@ -188,13 +192,13 @@ class Step:
 
     def _take_attention(self, name: str, term: Match, teacher_captures: Any) -> bool:
         """Compute a loss between attentions without their maps, if that can be done."""
-        if term.teacher_address is None or fast.inactive(self.impl):
+        if term.teacher_address is None or term.further or fast.inactive(self.impl):
             return False
         ours = attention_call(self.student_captures, term.student_address)
         theirs = attention_call(captures_of(teacher_captures, term.teacher_model), term.teacher_address)
         if ours is None or theirs is None or (torch.is_grad_enabled() and not trainable(ours)):
             return False
-        arguments = options(term, None, self._mask(term, ours.query.device), self.batch, self.student_captures, self.step)
+        arguments = self._own_options(term, ours.query.device)
         weight = self._weight(name, term)
         word = term.student_address.selector.word
         if word != term.teacher_address.selector.word:
@@ -205,33 +209,39 @@ class Step:
         self._run(task, [_Call(name, term, None, None, arguments, weight)])
         return True
 
-    def _take_tensors(self, name: str, term: Match, tensors: Compared, transient: bool) -> None:
+    def _take_tensors(self, name: str, term: Match, teacher_captures: Any, transient: bool) -> None:
+        tensors = compared(term, teacher_captures, self.student_captures, self.batch)
         check_trains(term, tensors.student)
-        arguments = options(term, tensors.student, tensors.mask, self.batch, self.student_captures, self.step)
+        arguments = options(term, tensors, teacher_captures, self.student_captures, self.batch, self.step, self.state(name))
         student = adapted(term, self.adapter(name), tensors)
         call = _Call(name, term, weakref.ref(student), weakref.ref(tensors.origin), arguments, self._weight(name, term))
-        row = self._row_term(call, student, tensors.other)
-        if isinstance(row, str):
-            self.choices[name] = Choice("eager", row)
+        found = self._fast_form(call, student, tensors.other)
+        if isinstance(found, str):
+            self.choices[name] = Choice("eager", found)
             self._eager.append((call, student, tensors.other.clone() if transient else tensors.other))
+        elif isinstance(found, RelationTask):
+            self._run(found, [call])
         else:
+            row, dim = found
             groups = self._groups.setdefault(term.student_address, {})
-            group = groups.setdefault((id(student), row[1]), _Group(RowTask(student=student, dim=row[1])))
-            group.task.terms.append(row[0])
+            group = groups.setdefault((id(student), dim), _Group(RowTask(student=student, dim=dim)))
+            group.task.terms.append(row)
             group.calls.append(call)
 
-    def _row_term(self, call: _Call, student: Tensor, other: Tensor) -> tuple[RowTerm, int] | str:
+    def _fast_form(self, call: _Call, student: Tensor, other: Tensor) -> tuple[RowTerm, int] | RelationTask | str:
         if reason := fast.inactive(self.impl):
             return reason
         if torch.is_grad_enabled() and not student.requires_grad:
             return "no gradient"  # which the eager path refuses
-        return fast.row_term(call.term.spec, student, other, call.arguments, call.weight)
+        form = fast.relation_task if call.term.spec.name == "relation_kl" else fast.row_term
+        return form(call.term.spec, student, other, call.arguments, call.weight)
 
     def _weight(self, name: str, term: Match) -> float | Tensor:
         return at_step("weight", term.weight, self.step) * self.shares.get(name, 1.0)
 
-    def _mask(self, term: Match, device: torch.device) -> Tensor | None:
-        return None if term.mask is None else sourced("mask", term.mask, self.batch, self.student_captures).to(device)
+    def _own_options(self, term: Match, device: torch.device) -> dict[str, Any]:
+        mask = None if term.mask is None else sourced("mask", term.mask, self.batch, self.student_captures).to(device)
+        return own_options(term, mask, self.batch, self.student_captures, self.step, device)
 
     def _run(self, task: Task, calls: Sequence[_Call]) -> None:
         choice = fast.choose(task, self.impl)

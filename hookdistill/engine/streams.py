@@ -11,6 +11,7 @@ from ..addresses import Address
 from ..attention import MAP_WORDS
 from ..fused.forms import FORMS
 from ..matches import Match
+from .terms import teacher_inputs
 
 Streams = Mapping[tuple[str | None, Address], Sequence[str]]
 """Entries by the teacher, and the address in it, whose tensor completes all that they wait for."""
@@ -28,8 +29,9 @@ def streams(terms: Mapping[str, Match]) -> Streams:
         if term.teacher_address is not None:
             origin = (term.teacher_model, term.teacher_address)
             origins[term.student_address].add(origin)
-            if not _has_form(term) or isinstance(term.adapter, nn.Module):
+            if not _has_form(term) or isinstance(term.adapter, nn.Module) or term.further:
                 kept.add(origin)
+            kept.update((term.teacher_model, each) for each in teacher_inputs(term))
     for several in origins.values():
         if len(several) > 1:
             kept |= several
@@ -42,4 +44,4 @@ def streams(terms: Mapping[str, Match]) -> Streams:
 
 def _has_form(term: Match) -> bool:
     maps = term.spec.compares == "attention" and term.student_address.selector.word in MAP_WORDS
-    return maps or term.spec.name in FORMS
+    return maps or term.spec.name in FORMS or term.spec.name == "relation_kl"

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, feature_dim, fit_adapter
+from ..addresses import Address
 from ..attention import AttentionCall
 from ..errors import MatchError
 from ..fused.head import Head
+from ..inputs import Source
 from ..matches import Match
 from .blame import at_step, user_code
 from .lookup import Captures, attention_call, captured, captures_of, head_at, sourced
+from .states import with_state
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,21 +102,72 @@ def trainable(call: AttentionCall) -> bool:
     return call.query.requires_grad or call.key.requires_grad
 
 
-def options(
-    term: Match, student: Tensor | None, mask: Tensor | None, batch: Any, student_captures: Captures, step: int
+def teacher_inputs(term: Match) -> list[Address]:
+    """The addresses in the teacher of an entry's further inputs."""
+    return [source for each in term.further for source in each.sources if isinstance(source, Address)]
+
+
+def student_inputs(term: Match) -> dict[str, Source]:
+    """What an entry looks up in the batch or in the student besides its own tensor, by what it is for."""
+    named: dict[str, Source] = {}
+    for each in term.further:
+        for number, source in enumerate(each.sources):
+            if not isinstance(source, Address):
+                named[f"inputs[{each.name!r}]" + (f"[{number}]" if each.several else "")] = source
+    return named
+
+
+def further_tensors(
+    term: Match, teacher_captures: Any, student_captures: Captures, batch: Any, device: torch.device
+) -> dict[str, Tensor | list[Tensor]]:
+    """The further inputs of an entry by the loss's keyword, on ``device``; those of the teacher detached."""
+    found: dict[str, Tensor | list[Tensor]] = {}
+    for each in term.further:
+        tensors = []
+        for source in each.sources:
+            if isinstance(source, Address):
+                tensors.append(captured(captures_of(teacher_captures, term.teacher_model), source, "teacher").detach())
+            else:
+                tensors.append(sourced(f"inputs[{each.name!r}]", source, batch, student_captures))
+        moved = [tensor.to(device) for tensor in tensors]
+        found[each.name] = moved if each.several else moved[0]
+    return found
+
+
+def own_options(
+    term: Match, mask: Tensor | None, batch: Any, student_captures: Captures, step: int, device: torch.device
 ) -> dict[str, Any]:
-    """The keyword arguments of the loss; ``student`` is what it is called with, or ``None`` for a map that is not made."""
+    """The keyword arguments of the loss that need neither the student's tensor nor further ones."""
     given = dict(term.loss_args)
     if mask is not None:
         given["mask"] = mask
     if term.spec.accepts_temperature:
         given["temperature"] = at_step("temperature", term.temperature, step, lowest=0.0)
-    if "dim" in term.spec.parameters and "dim" not in given and student is not None:
-        given["dim"] = features_at(term, student)
     if term.teacher_address is not None and term.target is not None:
-        target = sourced("target", term.target, batch, student_captures)
-        given["target"] = target if student is None else target.to(student.device)
+        given["target"] = sourced("target", term.target, batch, student_captures).to(device)
     return given
+
+
+def options(
+    term: Match,
+    tensors: Compared,
+    teacher_captures: Any,
+    student_captures: Captures,
+    batch: Any,
+    step: int,
+    state: nn.Module | None,
+) -> dict[str, Any]:
+    """The keyword arguments of the loss.
+
+    Raises:
+        HookDistillError: one of its tensors is not there, or its state.
+    """
+    device = tensors.student.device
+    given = own_options(term, tensors.mask, batch, student_captures, step, device)
+    given |= further_tensors(term, teacher_captures, student_captures, batch, device)
+    if "dim" in term.spec.parameters and "dim" not in given:
+        given["dim"] = features_at(term, tensors.student)
+    return given if term.spec.state is None else with_state(term, given, state)
 
 
 def adapted(term: Match, adapter: nn.Module | None, tensors: Compared) -> Tensor:
@@ -149,7 +203,7 @@ def adapted(term: Match, adapter: nn.Module | None, tensors: Compared) -> Tensor
 
 def is_adapted(term: Match, student: Tensor, other: Tensor) -> bool:
     """Whether shapes are the adapter's business here: between features, not between logits or maps, or against labels."""
-    if term.teacher_address is None or term.spec.compares in ("logits", "labels", "attention"):
+    if term.teacher_address is None or term.spec.compares in ("logits", "labels", "attention", "relations"):
         return False
     if term.spec.compares == "any":  # the user's own loss may bridge other shapes by itself
         return term.adapter != "none" and student.dim() == other.dim() and student.shape[0] == other.shape[0]

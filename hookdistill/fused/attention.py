@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..losses.reduction import working_dtype
+from .rows import gradient_dtype
 
 Kind = Literal["kl", "mse", "scores mse"]
 
@@ -110,8 +111,8 @@ def attention_losses(task: AttentionTask, *, gradient: bool, most: int = MAP_BLO
     return AttentionLosses(
         value,
         value * task.coefficient,
-        None if by_query is None else _stored(by_query, ours.query),
-        None if by_key is None else _stored(by_key, ours.key),
+        None if by_query is None else by_query.to(gradient_dtype(ours.query)),
+        None if by_key is None else by_key.to(gradient_dtype(ours.key)),
     )
 
 
@@ -234,7 +235,3 @@ def _add_keys(by_key: Tensor, h: slice, groups: int, slopes: Tensor) -> None:
         by_key[h] += slopes
     else:
         by_key.index_add_(0, torch.arange(h.start, h.stop, device=slopes.device) // groups, slopes)
-
-
-def _stored(slopes: Tensor, tensor: Tensor) -> Tensor:
-    return slopes if tensor.dtype is torch.float16 else slopes.to(tensor.dtype)

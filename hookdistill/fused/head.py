@@ -68,7 +68,8 @@ def head_losses(task: HeadTask, function: BlockFunction, *, most: int, gradient:
     dtype = torch.float64 if ours.hidden.dtype is torch.float64 else torch.float32
     layout = layout_of(task.terms, ours.shape, -1, dtype, ours.hidden.device)
     weights = [weight.reshape(-1) for weight in layout.weights]
-    student, others = _Logits(ours, dtype), [_Logits(o, dtype) if isinstance(o, Head) else o.reshape(-1) for o in layout.others]
+    student = _Logits(ours, dtype)
+    others = [_Logits(o, dtype, student.most) if isinstance(o, Head) else o.reshape(-1) for o in layout.others]
     slopes = _Slopes(ours, dtype) if gradient else None
     values = torch.zeros(len(task.terms), dtype=dtype, device=ours.hidden.device)
     for rows in student.cuts():
@@ -89,12 +90,12 @@ def head_losses(task: HeadTask, function: BlockFunction, *, most: int, gradient:
 class _Logits:
     """Makes the logits of a head, some rows at a time, always in the same memory."""
 
-    def __init__(self, head: Head, dtype: torch.dtype) -> None:
+    def __init__(self, head: Head, dtype: torch.dtype, most: int | None = None) -> None:
         self.head, self.dtype = head, dtype
         self.hidden = head.hidden.detach().reshape(-1, head.hidden.shape[-1])
         self.weight = in_compute_dtype(head)
         count, classes = self.hidden.shape[0], self.weight.shape[0]
-        self.most = min(count, max(FEWEST_ROWS, HEAD_BLOCK // classes))
+        self.most = most or min(count, max(FEWEST_ROWS, HEAD_BLOCK // classes))
         self.memory = torch.empty(self.most, classes, dtype=dtype, device=self.hidden.device)
 
     def cuts(self) -> Iterator[slice]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..losses.reduction import working_dtype
 from .attention import MAP_BLOCK, map_blocks, queries_that_count, score_loss
+from .rows import gradient_dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -45,14 +46,15 @@ class RelationLosses:
 def relation_losses(task: RelationTask, *, gradient: bool, most: int = MAP_BLOCK) -> RelationLosses:
     """Value and gradient, by blocks of at most ``most`` entries of a relation (but at least one row of it)."""
     dtype = working_dtype(task.student, task.teacher)
-    batch, _, tokens, _ = task.student.shape
+    student, teacher = task.student.detach(), task.teacher
+    batch, _, tokens, _ = student.shape
     device = task.student.device
     value, slopes = torch.zeros((), dtype=dtype, device=device), None
     if gradient:
-        slopes = torch.empty_like(task.student, dtype=dtype)
+        slopes = torch.empty_like(student, dtype=dtype)
     for b in range(batch):
         valid = None if task.valid is None else task.valid[b]
-        ours, theirs = (_regrouped(side[b], task.heads, dtype, valid) for side in (task.student, task.teacher))
+        ours, theirs = (_regrouped(side[b], task.heads, dtype, valid) for side in (student, teacher))
         by_token = torch.zeros_like(ours) if gradient else None
         counted = queries_that_count(None if valid is None else valid.unsqueeze(0), 1, tokens)
         for _, h, q in map_blocks(counted, task.heads, tokens, most):
@@ -73,7 +75,7 @@ def relation_losses(task: RelationTask, *, gradient: bool, most: int = MAP_BLOCK
     value = value * share
     if slopes is not None:
         slopes *= share * task.coefficient
-        slopes = slopes if task.student.dtype is torch.float16 else slopes.to(task.student.dtype)
+        slopes = slopes.to(gradient_dtype(student))
     return RelationLosses(value, value * task.coefficient, slopes)
 
 

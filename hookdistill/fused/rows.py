@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..losses.reduction import working_dtype
 from .forms import FORMS, Form, Softmax
@@ -36,6 +37,8 @@ class RowTerm:
         mean: divide by their number.
         temperature: a number or a tensor without dimensions; one for features and labels.
         coefficient: what the gradient is multiplied by; likewise.
+        padded: where student and teacher have different numbers of classes, the smaller side's others have a logit of -inf;
+            else both lose the classes that one of them lacks.
     """
 
     form: Form
@@ -45,6 +48,7 @@ class RowTerm:
     mean: bool = True
     temperature: float | Tensor = 1.0
     coefficient: float | Tensor = 1.0
+    padded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -75,6 +79,8 @@ class ProgramTerm:
     weight: int
     masked: bool
     temperature: int
+    classes: int
+    """How many are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +109,14 @@ def block_losses(
         scalars: the coefficients of the terms, then the temperatures.
     """
     s = student.to(program.work)
-    softmaxes: dict[tuple[int, int], Softmax] = {}  # by teacher, the student's being -1, and temperature
+    softmaxes: dict[tuple[int, int, int], Softmax] = {}  # by teacher, the student's being -1, temperature and classes
 
-    def softmax(which: int, temperature: int) -> Softmax:
-        if (which, temperature) not in softmaxes:
-            logits = s if which < 0 else others[which].to(program.work)
-            heat = 1.0 if temperature < 0 else scalars[len(program.terms) + temperature]
-            softmaxes[which, temperature] = Softmax.of(logits if temperature < 0 else logits / heat)
-        return softmaxes[which, temperature]
+    def softmax(which: int, temperature: int, classes: int) -> Softmax:
+        key = (which, temperature, classes)
+        if key not in softmaxes:
+            logits = with_classes(s if which < 0 else others[which].to(program.work), classes, -math.inf)
+            softmaxes[key] = Softmax.of(logits if temperature < 0 else logits / scalars[len(program.terms) + temperature])
+        return softmaxes[key]
 
     values, total = [], None
     for number, term in enumerate(program.terms):
@@ -119,10 +125,11 @@ def block_losses(
         if form.family == "features":
             value, slope = form.function(s, others[term.other].to(program.work), program.width, constants)
         elif form.family == "labels":
-            value, slope = form.function(softmax(-1, -1), others[term.other], constants)
+            value, slope = form.function(softmax(-1, -1, program.width), others[term.other], constants)
         else:
             heat = scalars[len(program.terms) + term.temperature]
-            value, slope = form.function(softmax(-1, term.temperature), softmax(term.other, term.temperature), constants)
+            ours, theirs = (softmax(which, term.temperature, term.classes) for which in (-1, term.other))
+            value, slope = form.function(ours, theirs, constants)
             value, coefficient = value * heat * heat, coefficient * heat
         counts = weight != 0
         if term.masked:  # NaN times zero is NaN
@@ -132,6 +139,7 @@ def block_losses(
             slope = slope * (weight * coefficient).unsqueeze(-1)
             if term.masked:
                 slope = torch.where(counts.unsqueeze(-1), slope, 0.0)
+            slope = with_classes(slope, program.width, 0.0) if form.family == "distributions" else slope
             total = slope if total is None else total + slope
     if gradient is not None and total is not None:
         gradient.copy_(total)
@@ -165,11 +173,27 @@ def layout_of(terms: Sequence[RowTerm], shape: Sequence[int], dim: int, dtype: t
             weight_number[number],
             term.valid is not None,
             temperature_number[number],
+            _classes(term, shape[dim], dim),
         )
         for number, term in enumerate(terms)
     )
     scalars = _scalars([*(term.coefficient for term in terms), *temperatures], device, dtype)
     return Layout(Program(tuple(numbered), shape[dim], dtype), others, weights, scalars)
+
+
+def with_classes(rows: Tensor, classes: int, fill: float) -> Tensor:
+    """Rows with as many columns, the last ones left out or filled in."""
+    missing = classes - rows.shape[-1]
+    if missing == 0:
+        return rows
+    return functional.pad(rows, (0, missing), value=fill) if missing > 0 else rows[..., :classes]
+
+
+def _classes(term: RowTerm, ours: int, dim: int) -> int:
+    if term.form.family != "distributions":
+        return ours
+    theirs = term.other.shape[dim]
+    return int(max(ours, theirs) if term.padded else min(ours, theirs))
 
 
 def run_rows(task: RowTask, function: BlockFunction, *, most: int, gradient: bool) -> RowLosses:

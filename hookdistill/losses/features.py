@@ -8,8 +8,10 @@ for shapes that differ, a student that is not floating-point, a mask that does n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -110,13 +112,94 @@ def normalized_mse(
     """Squared distance of the two vectors at length one, in [0, 4]: the *sum* over features, not their mean.
 
     Away from zero vectors (see ``unit_vectors``) this is ``2 * cosine``. Sun et al., *Patient Knowledge Distillation
-    for BERT Model Compression*, 2019, eq. 7.
+    for BERT Model Compression*, 2019, arXiv 1908.09355, eq. 7.
     """
 
     def value(s: Tensor, t: Tensor) -> Tensor:
         return (unit_vectors(s) - unit_vectors(t)).square().sum(-1)
 
     return _compare("normalized_mse", value, student, teacher, mask, reduction, dim)
+
+
+@register_loss("activation_boundary", compares="features")
+def activation_boundary(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    margin: float = 1.0,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    dim: int = -1,
+) -> Tensor:
+    """Squared distance of the student to the teacher's side of zero: to above ``margin`` where the teacher is positive, to
+    below ``-margin`` elsewhere.
+
+    Only the sign of the teacher matters, so both are to be taken *before* the activation function. Identical inputs cost
+    nothing where they are at least ``margin`` from zero. Heo et al., *Knowledge Transfer via Distillation of Activation
+    Boundaries Formed by Hidden Neurons*, 2018, arXiv 1811.03233, eq. 4, which sums over neurons.
+
+    Also raises ``LossError`` for a negative ``margin``.
+    """
+    if not margin >= 0:
+        raise LossError(f"activation_boundary got margin={margin}; it is zero or more.")
+
+    def value(s: Tensor, t: Tensor) -> Tensor:
+        signed = torch.where(t > 0, s, -s)
+        return (margin - signed).clamp_min(0).square().mean(-1)
+
+    return _compare("activation_boundary", value, student, teacher, mask, reduction, dim)
+
+
+@register_loss("ofd", compares="features")
+def ofd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    margin: Tensor | float | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    dim: int = -1,
+) -> Tensor:
+    """Partial squared difference to max(teacher, margin): zero where the student is below a target that is not positive.
+
+    Both are to be taken before the activation function. ``margin`` is negative, a number or one for each channel. By default
+    it is the mean of the channel's negative values in this batch, which couples the batch; `ofd_margin` gives the expected one
+    from a batch normalisation, as the authors do. Heo et al., *A Comprehensive Overhaul of Feature Distillation*, 2019, arXiv
+    1904.01866, eqs. 1 to 3, which sum over channels.
+
+    Also raises ``LossError`` for a ``margin`` that is not one number or one for each channel.
+    """
+    channels = student.shape[dim] if isinstance(student, Tensor) and -student.ndim <= dim < student.ndim else 0
+    if isinstance(margin, Tensor) and margin.shape not in ((), (channels,)):
+        raise LossError(f"ofd got a margin {list(margin.shape)}; it is one number, or one for each of {channels} channels.")
+
+    def value(s: Tensor, t: Tensor) -> Tensor:
+        lowest = margin
+        if lowest is None:
+            # Masked positions are zero here, so they are not among the negative ones.
+            negative = t.clamp_max(0).reshape(-1, t.shape[-1])
+            lowest = negative.sum(0) / (negative < 0).sum(0).clamp_min(1)
+        elif isinstance(lowest, Tensor):
+            lowest = lowest.to(t)
+        target = torch.maximum(t, lowest) if isinstance(lowest, Tensor) else t.clamp_min(lowest)
+        difference = (target - s).square()
+        return difference.masked_fill((s <= target) & (target <= 0), 0).mean(-1)
+
+    return _compare("ofd", value, student, teacher, mask, reduction, dim)
+
+
+def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
+    """The expected negative value of each channel after a batch normalisation with this ``weight`` and ``bias``.
+
+    E[x | x < 0] of a normal x with mean ``bias`` and standard deviation |``weight``|; where a channel is hardly ever negative
+    (chance below 0.001), minus three standard deviations, as the authors' code has it. Both ``[channels]``, and so the result.
+    """
+    deviation = weight.detach().abs().double().clamp_min(ZERO_NORM)
+    z = -bias.detach().double() / deviation
+    chance = torch.special.ndtr(z)
+    density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    expected = bias.detach().double() - deviation * density / chance.clamp_min(1e-3)
+    return torch.where(chance > 1e-3, expected, -3 * deviation).to(weight.dtype)
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:
@@ -138,4 +221,4 @@ def _compare(
     reduction: Reduction,
     dim: int,
 ) -> Tensor:
-    return compare(loss, value, student, teacher, mask=mask, reduction=reduction, dim=dim, compares="features")
+    return compare(loss, value, student, teacher, mask=mask, reduction=reduction, dim=dim)

@@ -3,23 +3,26 @@
 ``dim`` holds the classes; positions are all the other dimensions, and ``mask`` says which of them count
 (``reduction.fit_mask``). The value at a position is the *sum* over classes, in nats. With a ``temperature`` both
 sides are ``softmax(logits / temperature)`` and the value is multiplied by ``temperature ** 2``, which keeps the size of
-a divergence's gradient (Hinton et al., *Distilling the Knowledge in a Neural Network*, 2015, section 2).
+a divergence's gradient (Hinton et al., *Distilling the Knowledge in a Neural Network*, 2015, section 2). ``target`` with
+``ignore_index``, ``causal_shift`` and ``vocabulary`` are the same for all losses between logits: `classes` says what they do.
 
 A logit of -inf is a class that cannot be: where both sides exclude it, it costs nothing and gets a zero gradient.
 Half precision is computed and returned in float32. All raise ``LossError`` for shapes that differ, a student that is
-not floating-point, a temperature that is not positive, a mask that does not fit and an unknown reduction.
+not floating-point, a temperature that is not positive, a mask or target that does not fit and an unknown reduction.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from numbers import Real
 
 from torch import Tensor, logaddexp
 
 from ..errors import LossError
-from .reduction import Reduction, check_student, check_tensor, compare, fit_mask, reduce_valid, working_dtype
+from .classes import Positions, Vocabulary, compare_logits, kl_divergence, pick_positions, without_first
+from .reduction import Reduction, check_student, check_tensor, reduce_valid, working_dtype
 from .registry import register_loss
 
 
@@ -31,17 +34,32 @@ def kl(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
+    target: Tensor | None = None,
+    ignore_index: int = -100,
+    causal_shift: bool = False,
+    vocabulary: Vocabulary = "same",
     dim: int = -1,
 ) -> Tensor:
     """KL(teacher ‖ student), the student covering all the teacher does; infinite if the student excludes some of it.
 
-    Hinton et al., *Distilling the Knowledge in a Neural Network*, 2015, section 2.
+    Hinton et al., *Distilling the Knowledge in a Neural Network*, 2015, arXiv 1503.02531, section 2.
     """
 
     def value(s: Tensor, t: Tensor) -> Tensor:
-        return _kl_divergence(t.log_softmax(-1), s.log_softmax(-1))
+        return kl_divergence(t.log_softmax(-1), s.log_softmax(-1))
 
-    return _compare("kl", value, student, teacher, temperature, mask, reduction, dim)
+    positions = Positions(mask=mask, dim=dim, target=target, ignore_index=ignore_index, causal_shift=causal_shift)
+    return compare_logits(
+        "kl",
+        value,
+        student,
+        teacher,
+        positions,
+        temperature=temperature,
+        reduction=reduction,
+        vocabulary=vocabulary,
+        must_cover="student",
+    )
 
 
 @register_loss("reverse_kl", compares="logits")
@@ -52,17 +70,32 @@ def reverse_kl(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
+    target: Tensor | None = None,
+    ignore_index: int = -100,
+    causal_shift: bool = False,
+    vocabulary: Vocabulary = "same",
     dim: int = -1,
 ) -> Tensor:
     """KL(student ‖ teacher), the student keeping to the teacher's modes; infinite if it leaves what the teacher allows.
 
-    Gu et al., *MiniLLM: Knowledge Distillation of Large Language Models*, 2023.
+    Gu et al., *MiniLLM: Knowledge Distillation of Large Language Models*, 2023, arXiv 2306.08543.
     """
 
     def value(s: Tensor, t: Tensor) -> Tensor:
-        return _kl_divergence(s.log_softmax(-1), t.log_softmax(-1))
+        return kl_divergence(s.log_softmax(-1), t.log_softmax(-1))
 
-    return _compare("reverse_kl", value, student, teacher, temperature, mask, reduction, dim)
+    positions = Positions(mask=mask, dim=dim, target=target, ignore_index=ignore_index, causal_shift=causal_shift)
+    return compare_logits(
+        "reverse_kl",
+        value,
+        student,
+        teacher,
+        positions,
+        temperature=temperature,
+        reduction=reduction,
+        vocabulary=vocabulary,
+        must_cover="teacher",
+    )
 
 
 @register_loss("js", compares="logits")
@@ -74,6 +107,10 @@ def js(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
+    target: Tensor | None = None,
+    ignore_index: int = -100,
+    causal_shift: bool = False,
+    vocabulary: Vocabulary = "same",
     dim: int = -1,
 ) -> Tensor:
     """Generalised Jensen-Shannon: ``beta * KL(p_t ‖ m) + (1 - beta) * KL(p_s ‖ m)``, always finite.
@@ -86,9 +123,19 @@ def js(
     def value(s: Tensor, t: Tensor) -> Tensor:
         log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
         log_m = _log_mixture(log_t, log_s, beta)
-        return beta * _kl_divergence(log_t, log_m) + (1 - beta) * _kl_divergence(log_s, log_m)
+        return beta * kl_divergence(log_t, log_m) + (1 - beta) * kl_divergence(log_s, log_m)
 
-    return _compare("js", value, student, teacher, temperature, mask, reduction, dim)
+    positions = Positions(mask=mask, dim=dim, target=target, ignore_index=ignore_index, causal_shift=causal_shift)
+    return compare_logits(
+        "js",
+        value,
+        student,
+        teacher,
+        positions,
+        temperature=temperature,
+        reduction=reduction,
+        vocabulary=vocabulary,
+    )
 
 
 @register_loss("skew_kl", compares="logits")
@@ -100,6 +147,10 @@ def skew_kl(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
+    target: Tensor | None = None,
+    ignore_index: int = -100,
+    causal_shift: bool = False,
+    vocabulary: Vocabulary = "same",
     dim: int = -1,
 ) -> Tensor:
     """KL(p_t ‖ alpha * p_t + (1 - alpha) * p_s), always finite.
@@ -111,9 +162,19 @@ def skew_kl(
 
     def value(s: Tensor, t: Tensor) -> Tensor:
         log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
-        return _kl_divergence(log_t, _log_mixture(log_t, log_s, alpha))
+        return kl_divergence(log_t, _log_mixture(log_t, log_s, alpha))
 
-    return _compare("skew_kl", value, student, teacher, temperature, mask, reduction, dim)
+    positions = Positions(mask=mask, dim=dim, target=target, ignore_index=ignore_index, causal_shift=causal_shift)
+    return compare_logits(
+        "skew_kl",
+        value,
+        student,
+        teacher,
+        positions,
+        temperature=temperature,
+        reduction=reduction,
+        vocabulary=vocabulary,
+    )
 
 
 @register_loss("tvd", compares="logits")
@@ -124,18 +185,33 @@ def tvd(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
+    target: Tensor | None = None,
+    ignore_index: int = -100,
+    causal_shift: bool = False,
+    vocabulary: Vocabulary = "same",
     dim: int = -1,
 ) -> Tensor:
     """Total variation distance, half the sum of ``|p_t - p_s|``: in [0, 1] at temperature one, no gradient at a tie.
 
     Its gradient is not as steep as that of a divergence, so with the factor ``temperature ** 2`` it grows with the
-    temperature. Wen et al., *f-Divergence Minimization for Sequence-Level Knowledge Distillation*, 2023.
+    temperature. Wen et al., *f-Divergence Minimization for Sequence-Level Knowledge Distillation*, 2023,
+    arXiv 2307.15190.
     """
 
     def value(s: Tensor, t: Tensor) -> Tensor:
         return 0.5 * (t.softmax(-1) - s.softmax(-1)).abs().sum(-1)
 
-    return _compare("tvd", value, student, teacher, temperature, mask, reduction, dim)
+    positions = Positions(mask=mask, dim=dim, target=target, ignore_index=ignore_index, causal_shift=causal_shift)
+    return compare_logits(
+        "tvd",
+        value,
+        student,
+        teacher,
+        positions,
+        temperature=temperature,
+        reduction=reduction,
+        vocabulary=vocabulary,
+    )
 
 
 @register_loss("soft_cross_entropy", compares="logits")
@@ -146,6 +222,10 @@ def soft_cross_entropy(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
+    target: Tensor | None = None,
+    ignore_index: int = -100,
+    causal_shift: bool = False,
+    vocabulary: Vocabulary = "same",
     dim: int = -1,
 ) -> Tensor:
     """Cross-entropy against the teacher's distribution: ``kl`` plus ``temperature ** 2`` times the teacher's entropy.
@@ -156,7 +236,18 @@ def soft_cross_entropy(
     def value(s: Tensor, t: Tensor) -> Tensor:
         return _cross_entropy(t.softmax(-1), s.log_softmax(-1))
 
-    return _compare("soft_cross_entropy", value, student, teacher, temperature, mask, reduction, dim)
+    positions = Positions(mask=mask, dim=dim, target=target, ignore_index=ignore_index, causal_shift=causal_shift)
+    return compare_logits(
+        "soft_cross_entropy",
+        value,
+        student,
+        teacher,
+        positions,
+        temperature=temperature,
+        reduction=reduction,
+        vocabulary=vocabulary,
+        must_cover="student",
+    )
 
 
 @register_loss("cross_entropy", compares="labels")
@@ -187,31 +278,21 @@ def cross_entropy(
     check_student("cross_entropy", student, dim)
     check_tensor("cross_entropy", "target", target)
     logits = student.movedim(dim, -1)
-    positions = logits.shape[:-1]
-    valid = None if mask is None else fit_mask(mask, positions)
+    which = Positions(mask=mask, dim=dim, ignore_index=ignore_index, causal_shift=causal_shift)
+    dtype = working_dtype(student, target)
     if target.is_floating_point():
         if target.shape != student.shape:
             raise _target_error(student, target, dim)
-        target = target.movedim(dim, -1)
+        logits, _, _, valid = pick_positions("cross_entropy", logits, logits, which)
+        target = target.movedim(dim, -1).to(dtype)
+        target = without_first(target, target.ndim - 2) if causal_shift else target
         value = _probability_targets(label_smoothing)
     else:
-        if target.shape != positions:
+        if target.shape != logits.shape[:-1]:
             raise _target_error(student, target, dim)
-        labelled = target != ignore_index
-        valid = labelled if valid is None else valid & labelled
-        target = target.long()
-        value = _class_targets(label_smoothing)
-    if causal_shift:
-        if not positions:
-            raise LossError(f"causal_shift needs a dimension of tokens; the student is {list(student.shape)}.")
-        tokens = len(positions) - 1
-        length = max(positions[-1] - 1, 0)
-        logits = logits.narrow(tokens, 0, length)
-        target = target.narrow(tokens, positions[-1] - length, length)
-        valid = None if valid is None else valid.narrow(tokens, positions[-1] - length, length)
-    dtype = working_dtype(student, target)
-    if target.is_floating_point():
-        target = target.to(dtype)
+        logits, _, labels, valid = pick_positions("cross_entropy", logits, logits, replace(which, target=target))
+        assert labels is not None
+        target, value = labels.long(), _class_targets(label_smoothing)
     return reduce_valid(value, logits.to(dtype), target, valid=valid, reduction=reduction)
 
 
@@ -232,13 +313,6 @@ def _probability_targets(smoothing: float) -> Callable[[Tensor, Tensor], Tensor]
     return value
 
 
-def _kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Σ p (log p - log q) over the last dimension, where classes with p = 0 cost nothing even if q is zero too."""
-    p = log_p.exp()
-    absent = p == 0
-    return (p * (log_p.masked_fill(absent, 0) - log_q.masked_fill(absent, 0))).sum(-1)
-
-
 def _cross_entropy(p: Tensor, log_q: Tensor) -> Tensor:
     """-Σ p log q over the last dimension, where classes with p = 0 cost nothing even if q is zero too."""
     return -(p * log_q.masked_fill(p == 0, 0)).sum(-1)
@@ -249,36 +323,6 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     absent = (log_p == -math.inf) & (log_q == -math.inf)
     log_p, log_q = log_p.masked_fill(absent, 0), log_q.masked_fill(absent, 0)
     return logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
-
-
-def _compare(
-    loss: str,
-    value: Callable[[Tensor, Tensor], Tensor],
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float | Tensor,
-    mask: Tensor | None,
-    reduction: Reduction,
-    dim: int,
-) -> Tensor:
-    _check_temperature(loss, temperature)
-
-    def tempered(s: Tensor, t: Tensor) -> Tensor:
-        heat = temperature.to(s.dtype) if isinstance(temperature, Tensor) else temperature
-        return value(s / heat, t / heat) * heat**2
-
-    return compare(loss, tempered, student, teacher, mask=mask, reduction=reduction, dim=dim, compares="logits")
-
-
-def _check_temperature(loss: str, temperature: float | Tensor) -> None:
-    """A tensor's value is taken on trust: reading it would make the host wait for the device."""
-    if isinstance(temperature, Tensor):
-        if temperature.ndim:
-            raise LossError(
-                f"{loss} takes one temperature, a number or a tensor without dimensions; got {list(temperature.shape)}."
-            )
-    elif not isinstance(temperature, Real) or not 0 < temperature < math.inf:
-        raise LossError(f"{loss} got temperature={temperature!r}; it is a finite number greater than zero.")
 
 
 def _check_share(loss: str, name: str, share: float, limits: str) -> None:

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..errors import LossError, did_you_mean, listing
 
-Compares = Literal["features", "logits", "labels", "attention", "any"]
+Compares = Literal["features", "logits", "labels", "attention", "relations", "any"]
+Per = Literal["position", "sample"]
 AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
 
 _BY_NAME: dict[str, LossSpec] = {}
@@ -24,12 +25,18 @@ class LossSpec:
 
     ``compares`` says whether an automatic adapter makes sense: for ``"features"`` it does, for ``"logits"`` never, for
     ``"labels"`` the second argument is a target rather than a teacher, ``"attention"`` is of maps and needs no adapter either,
-    ``"any"`` is for the user to decide.
+    ``"relations"`` bridges different widths by itself, ``"any"`` is for the user to decide.
 
     ``parameters`` are the keywords beside the two tensors, ``mask`` and ``reduction``, in the order of the signature,
     without those that a ``functools.partial`` has already bound. ``accepts_any`` means ``**kwargs``.
     ``accepts_mask`` is also true for ``**kwargs``; ``accepts_temperature`` is not, since every match has a temperature
-    and a loss that does not name it has not asked for it.
+    and a loss that does not name it has not asked for it. ``required`` are those of the parameters that have no default.
+
+    ``per`` is what the loss has one value for, and its mean is over: each position, or each sample of the batch.
+
+    ``state`` makes the module that a loss with parameters or memory needs: ``(student, teacher, **options) -> nn.Module``,
+    called with the first tensors. What the module has under the names of the loss's keywords is handed to the loss.
+    ``state_parameters`` are the names of its options.
     """
 
     name: str
@@ -40,20 +47,37 @@ class LossSpec:
     accepts_reduction: bool
     accepts_temperature: bool
     accepts_any: bool
+    required: tuple[str, ...] = ()
+    per: Per = "position"
+    state: Callable[..., nn.Module] | None = None
+    state_parameters: tuple[str, ...] = ()
 
 
-def register_loss(name: str, *, compares: Compares = "any") -> Callable[[AnyCallable], AnyCallable]:
+def register_loss(
+    name: str, *, compares: Compares = "any", per: Per = "position", state: Callable[..., nn.Module] | None = None
+) -> Callable[[AnyCallable], AnyCallable]:
     """A decorator that makes a callable ``(student, teacher, mask=None, **args)`` known by a name.
 
-    The callable comes back unchanged; registering it again under the same name may only change ``compares``.
+    The callable comes back unchanged; registering it again under the same name may only change the options.
 
-    Raises ``LossError`` if the name stands for another loss, if ``compares`` is unknown, or if the callable
-    cannot be called with a student and a teacher.
+    Args:
+        compares: what kind of tensors, see `LossSpec`.
+        per: what its mean is over, each ``"position"`` or each ``"sample"``: what means over several batches are weighted by.
+        state: for a loss with parameters or memory: a class or function ``(student, teacher, **options) -> nn.Module``. A
+            `Match` calls it with the first tensors, when the plan is made, keeps the module, and hands what it has under the
+            names of the loss's keywords (submodules, parameters, buffers, attributes) to the loss with each call.
+
+    Raises ``LossError`` if the name stands for another loss, if ``compares`` or ``per`` is unknown, or if the callable or
+    ``state`` cannot be called with a student and a teacher.
     """
     if not isinstance(name, str) or not name:
         raise LossError(f'A loss is registered under a name, as in @register_loss("my_loss"); got {name!r}.')
     if compares not in get_args(Compares):
         raise LossError(f"The loss {name!r} cannot compare {compares!r}; compares= is one of {listing(get_args(Compares))}.")
+
+    if per not in get_args(Per):
+        raise LossError(f"The loss {name!r} has no value per {per!r}; per= is one of {listing(get_args(Per))}.")
+    options = () if state is None else _state_options(name, state)
 
     def register(loss: AnyCallable) -> AnyCallable:
         known = _BY_NAME.get(name)
@@ -62,7 +86,7 @@ def register_loss(name: str, *, compares: Compares = "any") -> Callable[[AnyCall
                 f"The name {name!r} already stands for the loss {_describe(known.function)}; "
                 f"register {_describe(loss)} under another name."
             )
-        _BY_NAME[name] = replace(_inspect(loss), name=name, compares=compares)
+        _BY_NAME[name] = replace(_inspect(loss), name=name, compares=compares, per=per, state=state, state_parameters=options)
         return loss
 
     return register
@@ -93,6 +117,19 @@ def registered_losses() -> dict[str, LossSpec]:
     return dict(_BY_NAME)
 
 
+def _state_options(name: str, state: Callable[..., nn.Module]) -> tuple[str, ...]:
+    if not callable(state) or isinstance(state, nn.Module):
+        raise LossError(
+            f"state= of the loss {name!r} is a class or function (student, teacher, **options) that makes a module; "
+            f"got {state!r}."
+        )
+    try:
+        return tuple(_keywords(state)[0])
+    except LossError as error:
+        message = str(error).replace(f"The loss {_describe(state)}", f"state= of the loss {name!r}")
+        raise LossError(message) from error
+
+
 def _is_redefinition(known: Callable[..., Any], loss: Callable[..., Any]) -> bool:
     if known is loss:
         return True
@@ -110,6 +147,7 @@ def _inspect(loss: Callable[..., Any]) -> LossSpec:
             f"got {loss!r}, a {type(loss).__name__}."
         )
     keywords, accepts_any = _keywords(loss)
+    parameters = _signature(loss).parameters
     registered = _registered(_unwrap(loss))
     return LossSpec(
         name=registered.name if registered else _name(loss),
@@ -120,6 +158,10 @@ def _inspect(loss: Callable[..., Any]) -> LossSpec:
         accepts_reduction="reduction" in keywords,
         accepts_temperature="temperature" in keywords,
         accepts_any=accepts_any,
+        required=tuple(name for name in keywords if parameters[name].default is inspect.Parameter.empty),
+        per=registered.per if registered else "position",
+        state=registered.state if registered else None,
+        state_parameters=registered.state_parameters if registered else (),
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
-from hookdistill import DistillationLoss, Match, losses
+from hookdistill import DistillationLoss, Match, MatchError, losses
 from hookdistill.fused.compiler import compiled_block, compiler_available
 from hookdistill.fused.forms import FORMS
 from hookdistill.fused.rows import RowTask, RowTerm, block_losses, blocks, run_rows
@@ -162,6 +162,64 @@ def test_small_shapes(name, shape):
     found = run_rows(RowTask(student=student, terms=[term(name, other)]), block_losses, most=3, gradient=True)
     torch.testing.assert_close(found.values, value[None])
     torch.testing.assert_close(found.gradient, gradient)
+
+
+LOGIT_ARGUMENTS = {
+    "target": {"target": torch.randint(9, (3, 5)).masked_fill(torch.rand(3, 5) < 0.4, -100)},
+    "other ignored": {"target": torch.randint(9, (3, 5)), "ignore_index": 4},
+    "shift": {"causal_shift": True},
+    "shift, mask and target": {"causal_shift": True, "mask": torch.rand(3, 5) < 0.6, "target": torch.randint(9, (3, 5))},
+    "sum": {"reduction": "sum"},
+    "same": {"vocabulary": "shared"},
+}
+VOCABULARIES = [("shared", 9, 12), ("shared", 12, 9), ("padded", 9, 12), ("padded", 12, 9)]
+
+
+def by_impl(match, student, other, batch=None):
+    """Total and gradient by each implementation, and what computed it by ``auto``."""
+    found = {}
+    for impl in ("eager", "auto"):
+        step = DistillationLoss([match], impl=impl).begin({"": {"output": student}}, batch)
+        total = step.finish({"": {"output": other}}).total
+        found[impl] = total.detach(), torch.autograd.grad(total, student)[0]
+        (choice,) = step.choices.values()
+    return found, choice.implementation
+
+
+@pytest.mark.parametrize("arguments", LOGIT_ARGUMENTS)
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_what_losses_of_logits_take_besides(name, arguments):
+    student, other = drawn(name, 3, 5, 9)
+    given = LOGIT_ARGUMENTS[arguments]
+    batch = {key: given[key] for key in ("mask", "target") if key in given}
+    match = Match("", "", loss=name, temperature=1.5, **{**given, **{key: key for key in batch}}, **ARGUMENTS.get(name, {}))
+    found, implementation = by_impl(match, student, other, batch)
+    assert implementation == "chunked"
+    torch.testing.assert_close(found["auto"], found["eager"])
+
+
+@pytest.mark.parametrize(("vocabulary", "ours", "theirs"), VOCABULARIES)
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_vocabularies_of_different_sizes(name, vocabulary, ours, theirs):
+    student, _ = drawn(name, 3, 5, ours)
+    _, other = drawn(name, 3, 5, theirs)
+    match = Match("", "", loss=name, temperature=1.5, vocabulary=vocabulary, **ARGUMENTS.get(name, {}))
+    try:
+        found, implementation = by_impl(match, student, other)
+    except MatchError:  # a side that cannot cover the other: both implementations refuse it in the same words
+        assert vocabulary == "padded"
+        assert name in ("kl", "reverse_kl", "soft_cross_entropy")
+        return
+    assert implementation == "chunked"
+    torch.testing.assert_close(found["auto"], found["eager"])
+
+
+def test_labels_with_a_shift_and_their_own_ignored_class():
+    student, other = drawn("cross_entropy", 3, 5, 9)
+    match = Match(None, "", loss="cross_entropy", target=lambda batch: other, causal_shift=True, ignore_index=2)
+    found, implementation = by_impl(match, student, other)
+    assert implementation == "chunked"
+    torch.testing.assert_close(found["auto"], found["eager"])
 
 
 def test_blocks_cover_every_position_once():

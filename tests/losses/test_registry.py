@@ -12,10 +12,15 @@ from hookdistill.errors import LossError
 from hookdistill.losses import LossSpec, loss_spec, register_loss, registered_losses, registry
 
 COMPARES = {
-    "features": {"mse", "l1", "smooth_l1", "huber", "cosine", "normalized_mse"},
-    "logits": {"kl", "reverse_kl", "js", "skew_kl", "tvd", "soft_cross_entropy"},
-    "labels": {"cross_entropy"},
+    "features": "mse l1 smooth_l1 huber cosine normalized_mse activation_boundary ofd ickd cwd embed_distill queue_kl",
+    "logits": "kl reverse_kl js skew_kl tvd soft_cross_entropy dkd dist logit_standardization uld top_k_kl",
+    "labels": "cross_entropy",
+    "attention": "attention_mse attention_kl relation_kl",
+    "relations": "attention_transfer similarity_preserving fsp nst pkt rkd_distance rkd_angle correlation_congruence cka "
+    "vid factor_transfer mgd reviewkd crd margin_mse",
 }
+OF_LOGITS = ("target", "ignore_index", "causal_shift", "vocabulary", "dim")
+STATEFUL = {"vid", "mgd", "factor_transfer", "reviewkd", "crd", "queue_kl"}
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +32,7 @@ def nothing(student, teacher, mask=None, *, scale=1.0):
     return (student - teacher).sum() * scale
 
 
-@pytest.mark.parametrize(("name", "compares"), [(name, kind) for kind, names in COMPARES.items() for name in names])
+@pytest.mark.parametrize(("name", "compares"), [(name, kind) for kind, names in COMPARES.items() for name in names.split()])
 def test_built_in_losses_are_known_by_name(name, compares):
     spec = loss_spec(name)
     assert spec.name == name
@@ -35,7 +40,8 @@ def test_built_in_losses_are_known_by_name(name, compares):
     assert spec.compares == compares
     assert spec.accepts_mask
     assert not spec.accepts_any
-    assert spec.accepts_temperature == (compares == "logits")
+    assert spec.accepts_temperature == (compares == "logits" or name == "cwd")
+    assert (spec.state is not None) == (name in STATEFUL)
     assert name in losses.__all__
     assert registered_losses()[name] == spec
 
@@ -45,7 +51,7 @@ def test_built_in_losses_are_known_by_name(name, compares):
     [
         ("mse", ("dim",)),
         ("huber", ("delta", "dim")),
-        ("js", ("beta", "temperature", "dim")),
+        ("js", ("beta", "temperature", "target", "ignore_index", "causal_shift", "vocabulary", "dim")),
         ("cross_entropy", ("label_smoothing", "ignore_index", "causal_shift", "dim")),
     ],
 )
@@ -115,8 +121,9 @@ def test_the_decorator_wants_a_name():
         register_loss("")
 
 
-def test_what_is_compared_is_one_of_five():
-    with pytest.raises(LossError, match=r"'mine' cannot compare 'hidden'.*'features', 'logits', 'labels', 'attention', 'any'"):
+def test_what_is_compared_is_one_of_six():
+    known = "'features', 'logits', 'labels', 'attention', 'relations', 'any'"
+    with pytest.raises(LossError, match=f"'mine' cannot compare 'hidden'.*{known}"):
         register_loss("mine", compares="hidden")
 
 
@@ -201,7 +208,7 @@ def test_what_a_partial_has_bound_is_decided():
     spec = loss_spec(loss)
     assert spec.function is loss
     assert (spec.name, spec.compares) == ("js", "logits")
-    assert (spec.parameters, spec.accepts_temperature, spec.accepts_mask) == (("beta", "dim"), False, True)
+    assert (spec.parameters, spec.accepts_temperature, spec.accepts_mask) == (("beta", *OF_LOGITS), False, True)
     assert not loss_spec(functools.partial(losses.js, mask=torch.ones(2))).accepts_mask
     assert not loss_spec(functools.partial(lambda s, t, **rest: 0, mask=None)).accepts_mask
 
@@ -211,11 +218,37 @@ def test_a_partial_of_a_module():
     assert (spec.name, spec.parameters, spec.accepts_mask) == ("Scaled", (), True)
 
 
+class Scale(nn.Module):
+    def __init__(self, student, teacher, *, start=2.0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(start))
+
+
+def test_a_loss_with_a_state():
+    def scaled(student, teacher, *, scale, power=2, mask=None):
+        return scale * losses.mse(student, teacher, mask=mask)
+
+    register_loss("scaled", state=Scale)(scaled)
+    spec = loss_spec("scaled")
+    assert (spec.state, spec.state_parameters, spec.required) == (Scale, ("start",), ("scale",))
+    assert loss_spec(functools.partial(scaled, power=3)).state is Scale
+    assert loss_spec("vid").required == ("regressor", "scale")
+    assert loss_spec("crd").state_parameters == ("samples", "width", "index")
+    assert loss_spec("kl").state is None
+
+
+def test_a_state_is_made_of_two_tensors():
+    with pytest.raises(LossError, match=r"state= of the loss 'mine' takes 0 positional arguments.*two, the student's"):
+        register_loss("mine", state=lambda: nn.Identity())
+    with pytest.raises(LossError, match=r"state= of the loss 'mine' is a class or function .* got 3"):
+        register_loss("mine", state=3)
+
+
 def test_a_registered_partial_is_itself():
     loss = functools.partial(losses.kl, temperature=4.0)
     register_loss("warm_kl", compares="logits")(loss)
     assert loss_spec(loss) == loss_spec("warm_kl")
-    assert loss_spec("warm_kl").parameters == ("dim",)
+    assert loss_spec("warm_kl").parameters == OF_LOGITS
     assert loss_spec("kl").function is losses.kl
 
 
@@ -227,4 +260,4 @@ def test_a_wrapped_or_compiled_loss_keeps_its_meaning():
     for loss in (counted, torch.compile(losses.kl, backend="eager")):
         spec = loss_spec(loss)
         assert (spec.name, spec.compares, spec.function) == ("kl", "logits", loss)
-        assert spec.parameters == ("temperature", "dim")
+        assert spec.parameters == ("temperature", *OF_LOGITS)
