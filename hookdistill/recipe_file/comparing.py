@@ -60,7 +60,7 @@ def unknown_keys(item: MatchItem | OldMatch, folder: Path) -> dict[str, str]:
         return {}
     spec = loss_spec(_loss(item.loss, folder))
     check_types(spec.function, extra, spec.name)
-    known = [*spec.parameters, *(["reduction"] if spec.accepts_reduction else [])]
+    known = [*spec.parameters, *(["reduction"] if spec.accepts_reduction else []), *spec.state_parameters]
     own = [name for name in known if name not in MatchItem.model_fields]
     return {
         key: f"neither a key of a match nor an argument of the loss {spec.name!r}."

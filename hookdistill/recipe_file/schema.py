@@ -227,6 +227,12 @@ class MatchItem(BaseModel):
     temperature: Temperature = Field(1.0, description="Divides logits before softmax.")
     teacher_model: str | None = Field(None, description="Which of several teachers.")
     layer_map: str = Field("uniform", description="How layers are paired where both addresses have wildcards.")
+    inputs: dict[str, str | int] | None = Field(
+        None,
+        description="Further tensors for keywords of the loss: item of the batch, or address; what begins with teacher is an "
+        "address in the teacher.",
+        examples=[{"teacher_value": "encoder.layer.11.attention:value"}],
+    )
     name: str | None = Field(None, description="Of the value in results. Default: student <- teacher: loss.")
 
 
@@ -249,6 +255,7 @@ class OldMatch(BaseModel):
     temperature: Temperature = Field(1.0, description="Divides logits before softmax.")
     teacher_model: str | None = Field(None, description="Which of several teachers.")
     layer_map: str = Field("uniform", description="How layers are paired where both names have wildcards.")
+    inputs: dict[str, str | int] | None = Field(None, description="Further tensors for keywords of the loss.")
 
     @model_validator(mode="after")
     def _teacher_is_named(self) -> OldMatch:
