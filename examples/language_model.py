@@ -73,7 +73,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--steps", type=int, default=200)
     options.add_argument("--lrs", type=float, nargs="+", default=[3e-3, 1e-2, 2e-2])
-    options.add_argument("--width", type=int, default=128, help="of the teacher; the student's is half")
+    options.add_argument("--width", type=int, default=96, help="of the teacher; the student's is half")
     options = options.parse_args()
 
     training, held_out = texts()

