@@ -28,6 +28,7 @@ def import_object(path: str, folder: Path) -> Any:
     if not colon or not module_name or not name:
         raise RecipeError(f"{path!r} is no import path; write package.module:name, as in my_models:build")
     look_in(folder)
+    _forget_namesake(module_name.partition(".")[0], folder)
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -48,8 +49,18 @@ def import_object(path: str, folder: Path) -> Any:
 
 def look_in(folder: Path) -> None:
     """Let modules be imported from a folder, before all others."""
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+    if sys.path[:1] != [str(folder)]:
+        sys.path[:] = [str(folder), *(each for each in sys.path if each != str(folder))]
+
+
+def _forget_namesake(name: str, folder: Path) -> None:
+    """A module of another recipe's folder must not stand for the one of that name beside this recipe."""
+    own = next((file for file in (folder / f"{name}.py", folder / name / "__init__.py") if file.exists()), None)
+    there = getattr(sys.modules.get(name), "__file__", None)
+    if own is not None and there is not None and Path(there).resolve() != own.resolve():
+        for each in [each for each in sys.modules if each == name or each.startswith(f"{name}.")]:
+            del sys.modules[each]
+        importlib.invalidate_caches()
 
 
 def call(path: str, folder: Path, arguments: Mapping[str, Any]) -> Any:

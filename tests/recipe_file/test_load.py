@@ -117,6 +117,16 @@ def test_a_saved_recipe_gives_the_same_run_again(run, tmp_path):
     assert third.losses != ours.losses
 
 
+def test_modules_of_one_name_beside_two_recipes(run, tmp_path):
+    assert len(run(recipe()).student.layers) == 2
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "nets.py").write_text(MODULE.replace("depth: int = 2", "depth: int = 1"), encoding="utf-8")
+    (other / "recipe.json").write_text(json.dumps(recipe()), encoding="utf-8")
+    assert len(load(other / "recipe.json", environment={}).student.layers) == 1
+    assert len(run(recipe()).student.layers) == 2
+
+
 def test_overrides_and_environment(run):
     made = run(recipe(), overrides=["trainer.lr=1e-4"], environment={"HOOKDISTILL__DATA__BATCH_SIZE": "2"})
     assert (made.recipe.trainer.lr, made.recipe.data.batch_size) == (1e-4, 2)
