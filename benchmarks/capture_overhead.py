@@ -11,7 +11,6 @@ A training step has one loss term more for every captured tensor; judge it again
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -28,8 +27,8 @@ from rich.table import Table
 from torch import Tensor
 from transformers import BertModel
 
-import hookdistill
 from _approaches import APPROACHES, BARE, CONTROL, NONE, OURS, Approach, installed, no_hooks
+from _conditions import conditions
 from _memory import MEMORY_SETS, can_measure, measured_apart
 from _models import SETS, WORKLOADS, Workload, capture_set
 from _steps import MODES, set_mode, step_of
@@ -55,7 +54,8 @@ def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
     report = Report(Console(width=None if Console().is_terminal else 150, highlight=False))
-    found = conditions(options)
+    settings = {"threads": options.threads, "rounds": options.rounds, "quick": options.quick}
+    found = conditions(options.devices, transformers=transformers.__version__, **settings)
     report.console.print(", ".join(f"{key} {value}" for key, value in found.items() if value is not None), soft_wrap=True)
     approaches = those_that_run(options, report)
 
@@ -276,30 +276,6 @@ def target(what: str, figures: Sequence[float], wanted: str, met: bool | None) -
 
 
 # Output
-
-
-def conditions(options: argparse.Namespace) -> dict[str, Any]:
-    cuda = torch.cuda.get_device_name() if any(device.type == "cuda" for device in options.devices) else None
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": processor(),
-        "cuda": cuda,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hookdistill": hookdistill.__version__,
-        "threads": options.threads,
-        "rounds": options.rounds,
-        "quick": options.quick,
-    }
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def print_timings(title: str, rows: Sequence[Row], console: Console) -> None:

@@ -212,8 +212,9 @@ class Distiller(nn.Module):
             for key in set(self.loss.loss_modules) - states:
                 del self.loss.loss_modules[key]
             raise
-        for key in set(self.loss.loss_modules) - states:  # made in a dry run, which is in eval mode
-            self.loss.loss_modules[key].train(self.loss.training)
+        finally:
+            for key in set(self.loss.loss_modules) - states:  # made in a dry run, which is in eval mode
+                self.loss.loss_modules[key].train(self.training)
         return Plan(rows=rows, inputs=self._inputs(batch).lines())
 
     def _watched(self, watching: contextlib.ExitStack) -> dict[str | None, Seen]:
@@ -293,7 +294,7 @@ class Distiller(nn.Module):
         masks = {each.mask for each in terms if isinstance(each.mask, (str, int))}
         further = {each for term in terms for each in student_inputs(term).values() if isinstance(each, (str, int))}
         # As targets they fill no parameter by position; as masks they are not withheld from a parameter of their name.
-        targets, masks = targets | further, masks | further
+        targets, masks = targets | (further - masks), masks | further
         return _AllInputs(
             {name: model_inputs(model, batch, targets=targets, masks=masks) for name, model in running.items()},
             model_inputs(self.student, batch, targets=targets, masks=masks),

@@ -10,7 +10,7 @@ from torch import nn
 
 from .addresses import Address
 from .engine import STUDENT, Compared, DistillationLoss, fast, in_match
-from .engine.terms import compared, features_at, own_options
+from .engine.terms import compared, features_at, own_options, teacher_inputs
 from .errors import MatchError
 from .fused.forms import FORMS
 from .heads import FoundHead, Seen, find_head
@@ -128,8 +128,9 @@ def _why_whole(
 
 def _drop_shared(loss: DistillationLoss, chosen: dict[Address, _Candidate], mode: str) -> None:
     """A teacher's logits that another term needs whole are made anyway, and then serve all."""
+    inputs = {(term.teacher_model, each) for term in loss.terms.values() for each in teacher_inputs(term)}
     while True:
-        whole = set(_origins(term for term in loss.terms.values() if term.student_address not in chosen))
+        whole = inputs.union(_origins(term for term in loss.terms.values() if term.student_address not in chosen))
         blocked = [
             address
             for address, candidate in chosen.items()

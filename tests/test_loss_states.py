@@ -383,6 +383,13 @@ def test_relations_need_no_adapter_for_other_widths():
         assert distiller(points()).total.requires_grad
 
 
+def test_relations_get_the_adapter_that_is_asked_for():
+    teacher, student = mlps(8, 6)
+    distiller = Distiller(teacher, student, [Match("second", "second", loss="cka", adapter="linear")])
+    distiller.plan(points())
+    assert len(distiller.adapters) == 1
+
+
 # A loss of one's own with parameters
 
 
@@ -406,6 +413,19 @@ def test_a_loss_of_ones_own_with_a_state():
     assert made.gate[0] == 1
     distiller(points()).total.backward()
     assert (made.gate.grad != 0).all()
+
+
+def test_what_a_state_takes_the_loss_gets_from_the_state():
+    class Learned(nn.Module):
+        def __init__(self, student, teacher, *, gate=0.0):
+            super().__init__()
+            self.gate, self.count = nn.Parameter(torch.tensor(gate)), 0
+
+    hookdistill.register_loss("gated", compares="features", state=Learned)(gated)
+    distiller = Distiller(*mlps(), [Match("first", "first", loss="gated", gate=3.0, name="g")], example_batch=points())
+    distiller(points()).total.backward()
+    assert distiller.loss.loss_modules["g"].gate == 3
+    assert distiller.loss.loss_modules["g"].gate.grad != 0
 
 
 def test_a_state_that_lacks_what_the_loss_requires_is_named():
@@ -467,3 +487,33 @@ def test_two_batches_weighted_by_their_counts_are_one(loss):
         distiller(half, shares={"one": count / sum(counted)}).total for half, count in zip(halves, counted, strict=True)
     )
     torch.testing.assert_close(total.float(), whole)
+
+
+# Beside logits that are not made
+
+
+def test_a_state_made_in_the_second_dry_run_is_in_training_mode():
+    teacher, student, matches = vid()
+    logits = Match(":logits", ":logits", loss="kl", name="kl")
+    distiller = Distiller(teacher, student, [*matches, logits], head="fused")
+    assert "head" in str(distiller.plan(tokens()))
+    assert distiller.loss.loss_modules["vid"].training
+    assert distiller(tokens()).total.isfinite()
+
+
+def test_logits_that_are_an_input_elsewhere_are_made():
+    def gap(student, teacher, *, teacher_logits):
+        return (student.mean() - teacher_logits.mean()) ** 2 + 0 * teacher.sum()
+
+    teacher, student = (model.eval() for model in readers())
+    entries = [
+        Match(":logits", ":logits", loss="kl", name="kl"),
+        Match("embed", "embed", loss=gap, inputs={"teacher_logits": ":logits"}, name="gap"),
+    ]
+    with pytest.raises(MatchError, match=r"head='fused', but the teacher's logits .* are compared elsewhere too"):
+        Distiller(teacher, student, entries, head="fused").plan(tokens())
+    batch = tokens()
+    found = Distiller(teacher, student, entries)(batch).parts
+    ours, theirs = spelled_out(student, batch), spelled_out(teacher, batch)
+    torch.testing.assert_close(found["gap"], (ours["embed"].mean() - theirs["logits"].mean()).detach() ** 2)
+    torch.testing.assert_close(found["kl"], losses.kl(ours["logits"], theirs["logits"]).detach())

@@ -203,8 +203,10 @@ def adapted(term: Match, adapter: nn.Module | None, tensors: Compared) -> Tensor
 
 def is_adapted(term: Match, student: Tensor, other: Tensor) -> bool:
     """Whether shapes are the adapter's business here: between features, not between logits or maps, or against labels."""
-    if term.teacher_address is None or term.spec.compares in ("logits", "labels", "attention", "relations"):
+    if term.teacher_address is None or term.spec.compares in ("logits", "labels", "attention"):
         return False
+    if term.spec.compares == "relations":  # which take other widths as they are, unless the user wants a map
+        return term.adapter not in ("auto", "none")
     if term.spec.compares == "any":  # the user's own loss may bridge other shapes by itself
         return term.adapter != "none" and student.dim() == other.dim() and student.shape[0] == other.shape[0]
     return True

@@ -83,7 +83,7 @@ def relation_kl(
     tokens]`` mask holds for queries *and* keys.
 
     Wang et al., *MiniLMv2*, 2020, arXiv 2012.15828, section 3.1; with the values of the last layer, MiniLM's value relation
-    (2020, arXiv 2002.10957, eq. 6).
+    (2020, arXiv 2002.10957, section 3.2).
 
     Also raises ``LossError`` for tensors of other shapes, and for ``heads`` that do not divide both widths.
     """

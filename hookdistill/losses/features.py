@@ -136,7 +136,7 @@ def activation_boundary(
 
     Only the sign of the teacher matters, so both are to be taken *before* the activation function. Identical inputs cost
     nothing where they are at least ``margin`` from zero. Heo et al., *Knowledge Transfer via Distillation of Activation
-    Boundaries Formed by Hidden Neurons*, 2018, arXiv 1811.03233, eq. 4, which sums over neurons.
+    Boundaries Formed by Hidden Neurons*, 2018, arXiv 1811.03233, which sums over neurons.
 
     Also raises ``LossError`` for a negative ``margin``.
     """
@@ -165,7 +165,7 @@ def ofd(
     Both are to be taken before the activation function. ``margin`` is negative, a number or one for each channel. By default
     it is the mean of the channel's negative values in this batch, which couples the batch; `ofd_margin` gives the expected one
     from a batch normalisation, as the authors do. Heo et al., *A Comprehensive Overhaul of Feature Distillation*, 2019, arXiv
-    1904.01866, eqs. 1 to 3, which sum over channels.
+    1904.01866, which sums over channels.
 
     Also raises ``LossError`` for a ``margin`` that is not one number or one for each channel.
     """

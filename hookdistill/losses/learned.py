@@ -67,11 +67,12 @@ def vid(
     """Negative log-likelihood of the teacher's features under normal distributions around ``regressor(student)``.
 
     (t - μ)² / 2σ² + log σ without the constant, the mean over channels, with one σ² = softplus(``scale``) + 1e-5 per channel
-    of the teacher; so it can be negative, and equal inputs do not cost nothing. ``regressor`` maps the last dimension.
-    Ahn et al., *Variational Information Distillation for Knowledge Transfer*, 2019, arXiv 1904.05835, eqs. 5 and 6, which sum
+    of the teacher; so it can be negative, and equal inputs do not cost nothing. ``regressor`` maps the last dimension. Takes
+    embeddings ``[batch, width]`` too.
+    Ahn et al., *Variational Information Distillation for Knowledge Transfer*, 2019, arXiv 1904.05835, which sums
     over channels and places; a mean is the authors' code.
     """
-    ours, theirs, valid = place_pair("vid", student, teacher, mask=mask, dim=dim)
+    ours, theirs, valid = place_pair("vid", student, teacher, mask=mask, dim=dim, placeless=True)
     mean = _run("regressor", regressor, ours, theirs.shape)
     variance = functional.softplus(scale.to(theirs.dtype)) + VID_EPSILON
     return reduce(0.5 * ((theirs - mean).square() / variance + variance.log()).mean(-1), valid, reduction)
@@ -107,7 +108,7 @@ def mgd(
 
     The share ``ratio`` of the places is set to zero after ``align``, at random with each call; ``keep``, bool ``[batch,
     *grid]``, decides it instead. Both maps are called with ``[batch, channels, *grid]``. The value is the mean over channels.
-    Yang et al., *Masked Generative Distillation*, 2022, arXiv 2205.01529, eqs. 3 to 5, which sum; 0.65 is theirs for detectors.
+    Yang et al., *Masked Generative Distillation*, 2022, arXiv 2205.01529, which sums; 0.65 is theirs for detectors.
 
     Also raises ``LossError`` for a ratio outside [0, 1] and a ``keep`` that does not fit.
     """
@@ -177,7 +178,7 @@ def factor_transfer(
     The paraphraser gets no gradient from that. It is the encoder of an autoencoder of the teacher, which the paper trains
     beforehand. Given a ``decoder``, ``reconstruction`` times the mean square of ``decoder(factor) - teacher`` is added, so that
     it is trained alongside. All maps are called with ``[batch, channels, *grid]``. The value is that of one sample. Kim et al.,
-    *Paraphrasing Complex Network: Network Compression via Factor Transfer*, 2018, arXiv 1802.04977, eqs. 2 and 3 with p = 1.
+    *Paraphrasing Complex Network: Network Compression via Factor Transfer*, 2018, arXiv 1802.04977, with p = 1.
     """
     ours, theirs, valid = place_pair("factor_transfer", student, teacher, mask=mask, dim=dim)
     counted = None if valid is None else valid.unsqueeze(1)

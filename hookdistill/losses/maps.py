@@ -62,7 +62,7 @@ def nst(
 
     The kernel is (xᵀ y) ** degree; the value mean k(t, t) + mean k(s, s) - 2 mean k(s, t) over all pairs of channels, so
     channels may differ in number and in order. Huang and Wang, *Like What You Like: Knowledge Distill via Neuron Selectivity
-    Transfer*, 2017, arXiv 1707.01219, eq. 6 with the polynomial kernel (d = 2, c = 0); degree 1 is the linear one.
+    Transfer*, 2017, arXiv 1707.01219, with the polynomial kernel (d = 2, c = 0); degree 1 is the linear one.
 
     Also raises ``LossError`` for a degree below one.
     """
@@ -154,7 +154,7 @@ def cwd(
 ) -> Tensor:
     """KL(teacher ‖ student) of each channel's softmax over the valid places, times ``temperature ** 2``; mean over channels.
 
-    Shu et al., *Channel-wise Knowledge Distillation for Dense Prediction*, 2020, arXiv 2011.13256, eq. 4 (temperature 4 there).
+    Shu et al., *Channel-wise Knowledge Distillation for Dense Prediction*, 2020, arXiv 2011.13256 (temperature 4 there).
     """
     check_temperature("cwd", temperature)
 

@@ -121,10 +121,8 @@ def crd(
         )
     ]
     if learns:
-        with torch.no_grad():
-            for bank, new in ((memory.student, ours), (memory.teacher, theirs)):
-                moved = unit_vectors(momentum * bank[index] + (1 - momentum) * new.to(bank.dtype))
-                bank[index] = moved if valid is None else torch.where(valid.unsqueeze(-1), moved, bank[index])
+        for bank, new in ((memory.student, ours), (memory.teacher, theirs)):
+            _remember(bank, index, new, momentum, valid)
     return reduce(values[0] + values[1], valid, reduction)
 
 
@@ -157,7 +155,7 @@ def queue_kl(
     Student and teacher are ``[batch, width]``; ``queue`` is ``[size, width]``, whose zero rows are empty places. Similarities
     are cosines divided by ``tau`` (on the teacher's side by ``teacher_tau``, where given) under a softmax; there is no factor
     tau². Given ``position``, the teacher's embeddings of this batch replace the oldest in the queue. Couples the batch. Fang
-    et al., *SEED: Self-supervised Distillation for Visual Representation*, 2021, arXiv 2101.04731, eqs. 4 to 6, which is the
+    et al., *SEED: Self-supervised Distillation for Visual Representation*, 2021, arXiv 2101.04731, which is the
     cross-entropy, has the sample's own teacher embedding among the candidates rather than those of the batch, and takes 0.2
     and 0.01 as temperatures.
 
@@ -198,6 +196,21 @@ def _embedded(embed: Map, side: Tensor, valid: Tensor | None) -> Tensor:
     flat = (side if valid is None else zero_invalid(side, valid)).flatten(1)
     weight = next(embed.parameters(), None) if isinstance(embed, nn.Module) else None
     return embed(flat if weight is None else flat.to(weight.dtype)).to(side.dtype)
+
+
+@torch.no_grad()
+def _remember(bank: Tensor, index: Tensor, new: Tensor, momentum: float, valid: Tensor | None) -> None:
+    """Move the valid samples' entries of the bank towards the new embeddings, in place."""
+    if not len(index):
+        return
+    moved = unit_vectors(momentum * bank[index] + (1 - momentum) * new.to(bank.dtype))
+    if valid is not None:
+        # A masked sample writes what the first valid one does: its own place could be that of a valid sample.
+        first = valid.long().argmax()
+        writer = torch.where(valid, torch.arange(len(index), device=index.device), first)
+        moved = torch.where(valid.any(), moved[writer], bank[index[writer]])
+        index = index[writer]
+    bank[index] = moved
 
 
 def _contrast(anchor: Tensor, bank: Tensor, scale: Tensor, chosen: Tensor, tau: float, learns: bool) -> Tensor:

@@ -194,10 +194,14 @@ def place_pair(
     dim: int | None,
     roles: tuple[str, str] = ("student", "teacher"),
     shrink: Literal["avg", "max"] = "avg",
+    placeless: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `map_pair`, but the grids stay: ``[batch, *grid, channels]``, and ``[batch, *grid]`` or ``None`` for all."""
+    """As `map_pair`, but the grids stay: ``[batch, *grid, channels]``, and ``[batch, *grid]`` or ``None`` for all.
+
+    ``placeless`` takes ``[batch, channels]`` too.
+    """
     ours, theirs = features_last(loss, first, second, dim)
-    if ours.ndim < 3 or theirs.ndim != ours.ndim or ours.shape[0] != theirs.shape[0]:
+    if ours.ndim < (2 if placeless else 3) or theirs.ndim != ours.ndim or ours.shape[0] != theirs.shape[0]:
         raise LossError(
             f"{loss} compares maps [batch, channels, *grid] or [batch, tokens, width] of the same batch; got {roles[0]} "
             f"{list(first.shape)} and {roles[1]} {list(second.shape)}."

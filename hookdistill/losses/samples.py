@@ -40,7 +40,7 @@ def similarity_preserving(
 ) -> Tensor:
     """Squared difference of the rows of X Xᵀ (samples × samples) at length one; the mean over its b² entries.
 
-    Couples the batch. Tung and Mori, *Similarity-Preserving Knowledge Distillation*, 2019, arXiv 1907.09682, eqs. 3 and 4.
+    Couples the batch. Tung and Mori, *Similarity-Preserving Knowledge Distillation*, 2019, arXiv 1907.09682.
     """
 
     def value(s: Tensor, t: Tensor, valid: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def rkd_distance(
     """Huber distance of the pairwise distances of both sides, each divided by its mean over the pairs that differ.
 
     The mean is over all b² pairs, those of a sample with itself (zero) included, as in the authors' code; the paper sums.
-    Couples the batch. Park et al., *Relational Knowledge Distillation*, 2019, arXiv 1904.05068, eqs. 5 to 8.
+    Couples the batch. Park et al., *Relational Knowledge Distillation*, 2019, arXiv 1904.05068, section 3.2.1.
     """
 
     def value(s: Tensor, t: Tensor, valid: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def rkd_angle(
     """Huber distance of the cosines of all angles that three samples form, the value's sample being the vertex.
 
     Takes memory for b³ numbers. The mean is over all b³ triples, as in the authors' code; the paper sums. Couples the batch.
-    Park et al., *Relational Knowledge Distillation*, 2019, arXiv 1904.05068, eqs. 9 and 10.
+    Park et al., *Relational Knowledge Distillation*, 2019, arXiv 1904.05068, section 3.2.2.
     """
 
     def value(s: Tensor, t: Tensor, valid: Tensor) -> Tensor:

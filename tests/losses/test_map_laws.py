@@ -288,7 +288,13 @@ def test_widths_that_differ_are_refused(case):
         case(student, torch.cat([teacher, teacher], -1))
 
 
-@each(CASES)
+def test_vid_of_embeddings_is_that_of_one_place():
+    case = SampleCase("vid", widths=(4, 6))
+    student, teacher = case.tensors(3, 1)
+    same(case(student[:, 0], teacher[:, 0]), case(student, teacher))
+
+
+@each([case for case in CASES if case.loss != "vid"])
 def test_tensors_without_places_are_refused(case):
     student, teacher = case.tensors(3, 5)
     with pytest.raises(LossError, match=rf"{case.loss} compares maps .* of the same batch; got student \[3, 4\]"):

@@ -223,6 +223,17 @@ def test_rkd_keeps_its_digits_far_from_the_origin():
         same(loss((s + 100).float(), t.float()).double(), loss(s, t), atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("loss", [losses.rkd_distance, losses.rkd_angle])
+def test_samples_that_only_rounding_keeps_apart_are_equal(loss):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(20, 300, generator=generator) for _ in range(2))
+    student[10:] = student[:1] + 1e-7 * torch.randn(10, 300, generator=generator)  # squares of distances come out negative
+    found = gradient(loss(student.requires_grad_(), teacher), student)
+    assert found.isfinite().all()
+    equal = torch.cat([student[:10], student[:1].expand(10, 300)]).detach().requires_grad_()
+    same(found, gradient(loss(equal, teacher), equal), rtol=0, atol=0.05 * float(found.abs().max()))
+
+
 def test_the_gaussian_kernel_of_correlation_congruence_is_that_of_its_series():
     s, t = batch()
     unit = [torch.nn.functional.normalize(side, dim=1) for side in (s, t)]

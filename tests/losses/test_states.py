@@ -234,15 +234,22 @@ def test_crd_of_masked_samples():
     student[1] = float("nan")
     student.requires_grad_()
     negatives = torch.tensor([[1, 3], [4, 5], [6, 7]])
-    index = torch.tensor([0, 100, 2])  # no such sample, but masked
+    index = torch.tensor([1, 100, 2])  # no such sample, but masked
     before = bank.student.clone()
     found = losses.crd(
         student, teacher, index=index, negatives=negatives, memory=bank, mask=torch.tensor([1, 0, 1]), **CONTRAST
     )
     assert found.isfinite()
-    assert (gradient(found, student)[1] == 0).all()
-    assert bank.student.isfinite().all()
-    same(bank.student[[1, 3, 4, 5]], before[[1, 3, 4, 5]])
+    found = gradient(found, student)
+    assert (found[1] == 0).all()
+    assert (found[0] != 0).any()
+    same(bank.student[[0, 3, 4, 5, 6, 7, 8]], before[[0, 3, 4, 5, 6, 7, 8]])
+    new = functional.normalize(0.5 * before[[1, 2]] + 0.5 * functional.normalize(student.detach()[[0, 2], :3]))
+    same(bank.student[[1, 2]], new)
+    before = bank.student.clone()
+    nothing = losses.crd(student, teacher, index=index, negatives=negatives, memory=bank, mask=torch.zeros(3), **CONTRAST)
+    assert nothing == 0
+    same(bank.student, before)
 
 
 def test_crd_has_the_gradient_of_finite_differences():
