@@ -1,9 +1,11 @@
 """A Llama-like language model of 2 layers learns from one of 4 layers: KL on the logits, beside the next byte itself.
 
 Text: the source files of Python's own standard library, byte by byte; the last 30 files are held out. Both models are made from
-configurations. `alone` has the same student, steps and batches without the teacher, at the best of three learning rates.
+configurations: 480,096 and 84,720 parameters. `alone` has the same student, steps and batches without the teacher.
 
-FIGURES
+Bits a byte of held-out text after 200 steps, at learning rates 1e-3, 3e-3, 1e-2 and 2e-2 (one seed): alone 3.784, 3.141, 3.415,
+3.685; distilled 3.639, 3.032, 3.487, 3.481; the teacher has 2.920. 3 minutes on one CPU core. So short a training says nothing
+about long ones.
 """
 
 import argparse
@@ -72,7 +74,7 @@ def bits_per_byte(model: nn.Module, windows: Tensor) -> float:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--steps", type=int, default=200)
-    options.add_argument("--lrs", type=float, nargs="+", default=[3e-3, 1e-2, 2e-2])
+    options.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 2e-2])
     options.add_argument("--width", type=int, default=96, help="of the teacher; the student's is half")
     options = options.parse_args()
 
