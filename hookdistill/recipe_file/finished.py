@@ -53,8 +53,9 @@ class Finished:
             RecipeError: the recipe keeps no rows to measure on.
         """
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, is_initialized
 
-        run = self.run
+        run, first = self.run, not is_initialized()
         accelerator = Accelerator(mixed_precision=run.recipe.trainer.mixed_precision)
         _, loader = run.loaders
         if loader is None:
@@ -78,6 +79,8 @@ class Finished:
                 return measure(evaluators, evaluation).metrics
         finally:
             run.distiller.close()
+            if first:  # or a training in this process could not choose another precision
+                AcceleratorState._reset_state()
 
     def export(self, folder: str | os.PathLike[str], *, dtype: str | None = None) -> list[Path]:
         """Write the student, and its tokenizer or image processor beside it; gives the files.
