@@ -14,7 +14,6 @@ from ..evaluation import ADAPTERS, Evaluation, HeldOutLosses, measure
 from ..export import save_student, write_whole
 from ..running import undisturbed
 from .assembly import RESOLVED, load
-from .measuring import build_evaluator
 from .models import load_weights
 
 WHICH = ("best", "last")
@@ -56,25 +55,25 @@ class Finished:
         from accelerate.state import AcceleratorState, is_initialized
 
         run, first = self.run, not is_initialized()
-        accelerator = Accelerator(mixed_precision=run.recipe.trainer.mixed_precision)
         _, loader = run.loaders
         if loader is None:
             raise RecipeError("the recipe has no rows to measure on; give data.eval by --set, as in --set data.eval.files=…")
         run.plan()
         if (self.folder / ADAPTERS).exists():
             load_weights(run.distiller.adapters, self.folder / ADAPTERS)
-        run.distiller.to(accelerator.device)
-        evaluators = [build_evaluator(item, run.document.folder) for item in run.recipe.evaluators] or [HeldOutLosses()]
-        evaluation = Evaluation(
-            student=run.student,
-            distiller=run.distiller,
-            loader=accelerator.prepare_data_loader(loader),
-            device=accelerator.device,
-            accelerator=accelerator,
-            step=0,
-            epoch=0,
-        )
+        evaluators = [*run.evaluators] or [HeldOutLosses()]
+        accelerator = Accelerator(mixed_precision=run.recipe.trainer.mixed_precision)
         try:
+            run.distiller.to(accelerator.device)
+            evaluation = Evaluation(
+                student=run.student,
+                distiller=run.distiller,
+                loader=accelerator.prepare_data_loader(loader),
+                device=accelerator.device,
+                accelerator=accelerator,
+                step=0,
+                epoch=0,
+            )
             with undisturbed(run.distiller):
                 return measure(evaluators, evaluation).metrics
         finally:
