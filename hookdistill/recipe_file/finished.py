@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import RecipeError, did_you_mean, listing
-from ..evaluation import ADAPTERS, Evaluation, HeldOutLosses, measure
+from ..evaluation import ADAPTERS, LOSS_MODULES, Evaluation, HeldOutLosses, measure
 from ..export import save_student, write_whole
 from ..running import undisturbed
 from .assembly import RESOLVED, load
@@ -59,8 +59,9 @@ class Finished:
         if loader is None:
             raise RecipeError("the recipe has no rows to measure on; give data.eval by --set, as in --set data.eval.files=…")
         run.plan()
-        if (self.folder / ADAPTERS).exists():
-            load_weights(run.distiller.adapters, self.folder / ADAPTERS)
+        for modules, name in ((run.distiller.adapters, ADAPTERS), (run.distiller.loss.loss_modules, LOSS_MODULES)):
+            if (self.folder / name).exists():
+                load_weights(modules, self.folder / name)
         evaluators = [*run.evaluators] or [HeldOutLosses()]
         accelerator = Accelerator(mixed_precision=run.recipe.trainer.mixed_precision)
         try:
