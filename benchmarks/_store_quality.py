@@ -12,9 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from quickstart import LABELS, TEACHER, Batch, ConvNet, accuracy, data, keep_labels
-
 from hookdistill import Distiller, Keep, Match, TeacherStore, Trainer
+from quickstart import LABELS, TEACHER, Batch, ConvNet, accuracy, data, keep_labels
 
 Row = dict[str, Any]
 HIDDEN = Match("blocks.1", "blocks.1", loss="mse", weight=0.1)

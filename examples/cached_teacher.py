@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from quickstart import LABELS, TEACHER, Batch, ConvNet, accuracy, data, keep_labels
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from hookdistill import Distiller, Match, TeacherStore, Trainer
 from hookdistill.store import info
+from quickstart import LABELS, TEACHER, Batch, ConvNet, accuracy, data, keep_labels
 
 BATCH = 64
 MATCHES = [LABELS, TEACHER, Match("blocks.1", "blocks.1", loss="mse", weight=0.1)]

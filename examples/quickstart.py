@@ -4,6 +4,8 @@ The teacher, nine times as large, has learnt from 1,197 labels. Both students ge
 number of steps; the distilled one also gets the teacher's view of 1,097 images that nobody labelled for it. The settings
 (learning rate, weight decay, no shifts) are those that suit the student alone: within noise the best of 48 that were tried on
 200 training images kept aside. With every image labelled there is nothing to gain here: a tuned student alone is as good.
+
+About ten seconds on one CPU core.
 """
 
 import argparse

@@ -68,6 +68,10 @@ class TrainerInterrupted(SystemExit):
     """
 
 
+class RecipeError(HookDistillError, ValueError):
+    """A recipe file that cannot be read or carried out; the message has file, line and key."""
+
+
 def nearest(name: str, candidates: Iterable[str], *, count: int = 3) -> list[str]:
     """The candidates that look most like ``name``, best first; empty when nothing comes near."""
     return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.5)

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, T5Confi
 import hookdistill
 from hookdistill import AddressError, Capture
 from hookdistill.addresses import parse
-from hookdistill.outline import survey
+from hookdistill.survey import survey
 
 IDS = torch.arange(1, 9).reshape(2, 4)
 

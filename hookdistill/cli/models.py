@@ -1,31 +1,23 @@
-"""The command line. Results go to stdout, everything else to stderr; heavy imports wait for the command that needs them."""
+"""Commands on a single model."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .shared import AsJson, command, result
+
 if TYPE_CHECKING:
     from torch import nn
 
-app = typer.Typer(
-    name="hookdistill",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Distil one PyTorch model into another: name tensors by module path, compare them, train.",
-)
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    command(app, "outline", outline)
 
 
-@app.callback()
-def commands() -> None:
-    """Commands of hookdistill."""
-
-
-@app.command()
 def outline(
     model: Annotated[
         str, typer.Argument(help="A model folder, a config.json, or the name of a model on the Hugging Face hub.")
@@ -34,7 +26,7 @@ def outline(
         str | None, typer.Option(help="Only modules that this address names, as in 'encoder.layer.0.**'.")
     ] = None,
     inputs: Annotated[bool, typer.Option("--inputs", help="List what modules are called with as well.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List every address that a transformers model offers: what to write into a Match.
 
@@ -42,28 +34,17 @@ def outline(
 
         hookdistill outline ./my-bert --pattern 'encoder.layer.{0,11}'
     """
-    from .outline import survey
+    from ..survey import survey
 
     built = _from_config(model)
     found = survey(built, _made_up_inputs(built), pattern=pattern, inputs=inputs)
-    typer.echo(json.dumps(found.as_dict(), indent=1) if as_json else str(found))
-
-
-def main() -> None:
-    """Run the command line; a mistake of the user's ends in its message and exit code 2, not in a traceback."""
-    from .errors import HookDistillError
-
-    try:
-        app()
-    except HookDistillError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    result(lambda: str(found), found.as_dict(), as_json=as_json)
 
 
 def _from_config(name: str) -> nn.Module:
     import transformers
 
-    from .errors import HookDistillError
+    from ..errors import HookDistillError
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
@@ -82,7 +63,7 @@ def _from_config(name: str) -> nn.Module:
 def _made_up_inputs(model: Any) -> dict[str, Any]:
     import torch
 
-    from .errors import HookDistillError
+    from ..errors import HookDistillError
 
     config, main_input = model.config, getattr(model, "main_input_name", "input_ids")
     if main_input == "pixel_values":
@@ -96,7 +77,3 @@ def _made_up_inputs(model: Any) -> dict[str, Any]:
         )
     ids = torch.arange(1, 9).remainder(config.get_text_config().vocab_size).unsqueeze(0)
     return {"input_ids": ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {})}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,51 @@
+"""Commands on the folder of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .shared import AsJson, Assignments, RunFolder, command, finite, result, rows, say
+
+Which = Annotated[
+    str | None, typer.Option(metavar="best|last", help="Which student of the run. Default: best, where there is one.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    command(app, "evaluate", evaluate)
+    command(app, "export", export)
+
+
+def evaluate(run: RunFolder, which: Which = None, assignments: Assignments = None, as_json: AsJson = False) -> None:
+    """Measure a student of a run on the rows that its recipe keeps for that.
+
+    hookdistill evaluate runs/digits --which last
+    """
+    from ..recipe_file.finished import Finished
+
+    finished = Finished(run, which=which, overrides=assignments or ())
+    metrics = {name: finite(value) for name, value in finished.measure().items()}
+    result(lambda: rows(metrics.items()), {"student": str(finished.folder), "metrics": metrics}, as_json=as_json)
+
+
+def export(
+    run: RunFolder,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to; it is made.")],
+    which: Which = None,
+    dtype: Annotated[str | None, typer.Option(metavar="float32|bfloat16|float16", help="Convert the parameters.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a student of a run, with its tokenizer or image processor, to a folder to be used or published from.
+
+    hookdistill export runs/digits my-student --dtype bfloat16
+    """
+    from ..recipe_file.finished import Finished
+
+    finished = Finished(run, which=which)
+    say(f"reading {finished.folder}")
+    written = finished.export(folder, dtype=dtype)
+    result(lambda: "\n".join(map(str, written)), {"files": [str(each) for each in written]}, as_json=as_json)
