@@ -16,8 +16,35 @@ Which = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
+    command(app, "resume", resume)
     command(app, "evaluate", evaluate)
     command(app, "export", export)
+    command(app, "report", report)
+
+
+def resume(run: RunFolder, assignments: Assignments = None, as_json: AsJson = False) -> None:
+    """Go on with a run that was cut off, from its newest whole checkpoint; it ends as if it had never been.
+
+    hookdistill resume runs/digits
+    """
+    from ..recipe_file import load
+    from ..recipe_file.finished import recipe_of
+    from .recipes import shown, summary
+
+    going_on = load(recipe_of(run), overrides=assignments or (), environment={})
+    data = summary(going_on.trainer.train(resume=True), going_on.output_dir)
+    result(lambda: rows(shown(data)), data, as_json=as_json)
+
+
+def report(run: RunFolder, as_json: AsJson = False) -> None:
+    """Write a run, finished or not, as one page to look at: curves, metrics, layers, plan, settings.
+
+    hookdistill report runs/digits
+    """
+    from ..report import write_report
+
+    page = write_report(Path(run))
+    result(str(page), {"report": str(page)}, as_json=as_json)
 
 
 def evaluate(run: RunFolder, which: Which = None, assignments: Assignments = None, as_json: AsJson = False) -> None:

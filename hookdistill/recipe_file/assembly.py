@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from torch.utils.data import DataLoader
 from ..distiller import Distiller
 from ..errors import HookDistillError, MatchError, RecipeError
 from ..evaluation import Evaluator
+from ..initialization import initialize_student
+from ..layer_similarity import Similarity, similarity
 from ..matches import Match
 from ..plan import Plan
+from ..store import Keep, TeacherStore
 from ..training import Trainer
 from . import document as documents
 from .batching import Collate
-from .comparing import build_match, unknown_keys
+from .comparing import build_match, named_matches, unknown_keys
 from .document import Document, Location
 from .importing import look_in
 from .measuring import build_evaluator
@@ -31,7 +35,7 @@ from .models import build_model, first_source, resolved
 from .optimizing import optimizer, scheduler
 from .problems import explain
 from .rows import read_rows, split
-from .schema import MatchItem, OldMatch, Recipe
+from .schema import MatchItem, NamedMatches, OldMatch, Recipe
 
 Made = TypeVar("Made")
 
@@ -87,9 +91,16 @@ class Run:
     @cached_property
     def student(self) -> nn.Module:
         """The student as the training starts with it."""
-        return self._built(
+        student = self._built(
             ("student",), lambda: build_model(self.recipe.student, self.document.folder, seed=self.recipe.trainer.seed)
         )
+        start = self.recipe.initialize
+        if start is not None:
+            teacher = self.teacher
+            assert isinstance(teacher, nn.Module)
+            options: dict[str, Any] = start.model_dump()
+            self._built(("initialize",), lambda: initialize_student(teacher, student, **options))
+        return student
 
     @cached_property
     def loaders(self) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
@@ -115,14 +126,68 @@ class Run:
     @cached_property
     def matches(self) -> list[Match]:
         """The entries."""
-        return [self._match(i, item) for i, item in enumerate(self.recipe.matches)]
+        named = self.recipe.matches
+        if isinstance(named, NamedMatches):
+            return self._built(("matches",), lambda: named_matches(named, self.teacher, self.student))
+        return [self._match(i, item) for i, item in enumerate(named)]
 
     @cached_property
     def distiller(self) -> Distiller:
         """Student, matches and teacher in one module."""
         matches = self.matches
+        teacher = self.teacher if self.recipe.store is None else self.store
         with self._matches():
-            return Distiller(self.teacher, self.student, matches)
+            return Distiller(teacher, self.student, matches)
+
+    @cached_property
+    def store(self) -> TeacherStore:
+        """The teacher's tensors on disk, as `cache` has written them; the teacher itself is not loaded."""
+        spec = self.recipe.store
+        assert spec is not None
+        place = Path(spec.path)
+        if not place.exists():
+            raise RecipeError(
+                f"{self.document.where(('store',))}: store.path: there is no store {spec.path!r} yet. Write it with "
+                f"hookdistill cache {self.document.name}"
+            )
+        return self._built(("store",), lambda: TeacherStore.open(place, transforms=self._transforms()))
+
+    def cache(self, *, progress: bool = True) -> TeacherStore:
+        """Run the teacher once over all rows, and write what the matches need of it to ``store.path``.
+
+        Raises:
+            RecipeError: the recipe has no store, or what it names cannot be built.
+        """
+        spec = self.recipe.store
+        if spec is None:
+            raise RecipeError(f"{self.document.name} has no key store; give store: {{path: a-folder}}")
+        teacher, data = self.teacher, self.recipe.data
+        assert isinstance(teacher, nn.Module)
+        loaders = [loader for loader in self._built(("data",), self._unshuffled) if loader is not None]
+        keep = {address: Keep(**item.model_dump(exclude_none=True)) for address, item in spec.keep.items()}
+        return self._built(
+            ("store",),
+            lambda: TeacherStore.build(
+                spec.path,
+                teacher,
+                self.matches,
+                itertools.chain(*loaders) if data.eval is not None or data.hold_out is not None else loaders[0],
+                key=spec.key,
+                keep=keep or None,
+                student=self.student,
+                transforms=self._transforms(),
+                shard_bytes=spec.shard_bytes,
+                seed=self.recipe.trainer.seed,
+                progress=progress,
+            ),
+        )
+
+    def similarity(self, *, batches: int | None = None) -> Similarity:
+        """The CKA between the layers of both models, over the rows to train on."""
+        if not isinstance(self.teacher, nn.Module):
+            raise RecipeError("similarity compares the student with one teacher; the recipe has none, or several")
+        teacher = self.teacher
+        return self._built(("data",), lambda: similarity(teacher, self.student, self.loaders[0], batches=batches))
 
     def plan(self) -> Plan:
         """What will be compared, from one dry forward of the first batch."""
@@ -174,8 +239,24 @@ class Run:
                 best=spec.best,
                 higher_is_better=spec.higher_is_better,
                 output_dir=self.output_dir,
+                patience=spec.patience,
+                load_best_at_end=spec.load_best_at_end,
+                save_every=spec.save_every,
+                keep_last=spec.keep_last,
+                quick_resume=spec.quick_resume,
+                gradient_checkpointing=spec.gradient_checkpointing,
+                compile=spec.compile,
+                teacher_device=spec.teacher_device,
+                ema=spec.ema,
+                balance=spec.balance,
+                on_nonfinite=spec.on_nonfinite,
                 progress=spec.progress,
+                log_every=spec.log_every,
+                trackers=spec.trackers,
+                project=spec.project,
+                report=spec.report,
                 seed=spec.seed,
+                deterministic=spec.deterministic,
             ),
         )
 
@@ -187,7 +268,8 @@ class Run:
     def resolved(self) -> str:
         """The recipe as YAML with every default, and paths that hold from anywhere: it gives the same run again."""
         data = self.recipe.model_dump(mode="json", by_alias=True)
-        data["matches"] = [item.model_dump(mode="json", exclude_none=True) for item in self.recipe.matches]
+        if not isinstance(self.recipe.matches, NamedMatches):
+            data["matches"] = [item.model_dump(mode="json", exclude_none=True) for item in self.recipe.matches]
         _absolute(data, self.document.folder)
         return f"# torch {torch.__version__}, hookdistill {_version()}\n{documents.dump(data)}"
 
@@ -208,6 +290,15 @@ class Run:
                 with self.document.at("matches", position, key):
                     raise RecipeError(problem)
             return build_match(item, folder)
+
+    def _unshuffled(self) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
+        """The same rows in their own order, none left out."""
+        data = self.recipe.data.model_copy(update={"shuffle": False, "drop_last": False})
+        return Run(self.recipe.model_copy(update={"data": data}), self.document).loaders
+
+    def _transforms(self) -> dict[str, Any] | None:
+        found = {"tokenizer": self.collate.tokenizer, "processor": self.collate.processor}
+        return {name: each for name, each in found.items() if each is not None} or None
 
     def _collate(self) -> Collate:
         recipe = self.recipe
@@ -245,7 +336,8 @@ class Run:
 
     def _without_loss(self, location: Location) -> str:
         """A hint, where the loss is one that nobody chose."""
-        if len(location) < 2 or "loss" in self.recipe.matches[int(location[1])].model_fields_set:
+        items = self.recipe.matches
+        if len(location) < 2 or isinstance(items, NamedMatches) or "loss" in items[int(location[1])].model_fields_set:
             return ""
         return " (There is no key loss in it, so it is mse)"
 
@@ -257,7 +349,8 @@ class Run:
         except MatchError as error:
             location: Location = ("matches",)
             for position, match in enumerate(self.matches):
-                if str(error).startswith((f"{match.label}:", f"{match.label} #")):
+                named = isinstance(self.recipe.matches, NamedMatches)
+                if not named and str(error).startswith((f"{match.label}:", f"{match.label} #")):
                     location = ("matches", position)
             with self.document.at(*location):
                 raise MatchError(f"{error}{self._headless(str(error))}{self._without_loss(location)}") from error

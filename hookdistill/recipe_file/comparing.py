@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import inspect
 from pathlib import Path
 from typing import Any
 
-from ..errors import did_you_mean, listing
+from torch import nn
+
+from ..errors import RecipeError, did_you_mean, listing
 from ..losses.registry import loss_spec
 from ..matches import Match, as_matches
-from .importing import check_types, import_object
-from .schema import MatchItem, OldMatch, Schedule
-
-
-@dataclass(frozen=True, slots=True)
-class Course:
-    """A weight or temperature at a step: from ``start`` to ``end`` over ``steps``, then ``end``."""
-
-    start: float
-    end: float
-    steps: int
-    shape: str
-
-    def __call__(self, step: int) -> float:
-        done = min(1.0, step / self.steps)
-        if self.shape == "cosine":
-            done = (1 - math.cos(math.pi * done)) / 2
-        return self.start + (self.end - self.start) * done
+from ..recipes import catalogue
+from ..schedules import Cosine, Linear
+from .importing import check_arguments, check_types, import_object
+from .schema import MatchItem, NamedMatches, OldMatch, Schedule
 
 
 def build_match(item: MatchItem | OldMatch, folder: Path) -> Match:
@@ -71,8 +58,28 @@ def unknown_keys(item: MatchItem | OldMatch, folder: Path) -> dict[str, str]:
     }
 
 
+def named_matches(spec: NamedMatches, teacher: Any, student: nn.Module) -> list[Match]:
+    """The list that a recipe of `hookdistill.recipes` gives for these models.
+
+    Raises:
+        HookDistillError: there is no such recipe, it takes no such option, or it does not find its layers.
+    """
+    found = catalogue()
+    if spec.recipe not in found:
+        hint = did_you_mean(spec.recipe, found)
+        raise RecipeError(f"no recipe is called {spec.recipe!r}.{hint} There are {listing(found, most=30)}")
+    if not isinstance(teacher, nn.Module):
+        raise RecipeError(f"the recipe {spec.recipe!r} compares the student with one teacher; there is none, or several")
+    function = found[spec.recipe].function
+    models = tuple(inspect.signature(function).parameters)[:2]
+    check_arguments(function, spec.arguments, f"the recipe {spec.recipe}", given=models)
+    return list(function(teacher, student, **spec.arguments))
+
+
 def _course(value: float | Schedule) -> Any:
-    return Course(value.start, value.end, value.steps, value.shape) if isinstance(value, Schedule) else value
+    if not isinstance(value, Schedule):
+        return value
+    return (Cosine if value.shape == "cosine" else Linear)(value.start, value.end, value.steps)
 
 
 def _loss(name: str, folder: Path) -> Any:

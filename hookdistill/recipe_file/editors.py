@@ -11,20 +11,25 @@ from pydantic.fields import FieldInfo
 
 from ..layer_maps import LAYER_MAPS
 from ..losses.registry import registered_losses
+from ..recipes import catalogue
 from .document import dump
 from .problems import allowed
 from .schema import (
     Data,
     Evaluator,
     Image,
+    KeepItem,
     Labels,
     MatchItem,
     Model,
+    NamedMatches,
     Optimizer,
     Recipe,
     Schedule,
     Scheduler,
     Source,
+    Start,
+    Store,
     Text,
     Training,
 )
@@ -37,6 +42,7 @@ def json_schema() -> dict[str, Any]:
     match = schema["$defs"]["MatchItem"]["properties"]
     own = {"type": "string", "pattern": "^[\\w.]+:[\\w.]+$"}
     match["loss"] = _or(match["loss"], {"enum": sorted(registered_losses())}, own)
+    schema["$defs"]["NamedMatches"]["properties"]["recipe"]["enum"] = list(catalogue())
     match["layer_map"] = _or(match["layer_map"], {"enum": sorted(LAYER_MAPS)})
     return schema
 
@@ -67,7 +73,11 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "`data.image`": Image,
     "`data.labels`": Labels,
     "each of `matches`": MatchItem,
+    "`matches` by name": NamedMatches,
     "`weight` or `temperature` that changes": Schedule,
+    "`initialize`": Start,
+    "`store`": Store,
+    "each of `store.keep`": KeepItem,
     "`trainer`": Training,
     "`trainer.optimizer`": Optimizer,
     "`trainer.scheduler`": Scheduler,

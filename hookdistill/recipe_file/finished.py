@@ -10,14 +10,29 @@ from typing import Any
 import torch
 
 from ..errors import RecipeError, did_you_mean, listing
-from ..evaluation import ADAPTERS, LOSS_MODULES, Evaluation, HeldOutLosses, measure
-from ..export import save_student, write_whole
+from ..evaluation import ADAPTERS, LOSS_MODULES, Evaluation, measure
+from ..evaluators import HeldOutLosses
+from ..export import save_student
+from ..files import write_into
 from ..running import undisturbed
 from .assembly import RESOLVED, load
 from .models import load_weights
 
 WHICH = ("best", "last")
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def recipe_of(folder: str | os.PathLike[str]) -> Path:
+    """The recipe that was saved with a run.
+
+    Raises:
+        RecipeError: it is no folder of a run.
+    """
+    place = Path(folder)
+    if not (place / RESOLVED).exists():
+        what = "there is no such folder" if not place.exists() else f"there is no {RESOLVED} in it"
+        raise RecipeError(f"{str(place)!r} is not the folder of a run: {what}. A run's folder is its trainer.output_dir")
+    return place / RESOLVED
 
 
 class Finished:
@@ -33,16 +48,14 @@ class Finished:
 
     def __init__(self, folder: str | os.PathLike[str], *, which: str | None = None, overrides: Iterable[str] = ()) -> None:
         place = Path(folder)
-        if not (place / RESOLVED).exists():
-            what = "there is no such folder" if not place.exists() else f"there is no {RESOLVED} in it"
-            raise RecipeError(f"{str(place)!r} is not the folder of a run: {what}. A run's folder is its trainer.output_dir")
+        file = recipe_of(folder)
         there = [name for name in WHICH if (place / name).is_dir()]
         if which not in (None, *WHICH):
             raise RecipeError(f"which={which!r} is no student of a run.{did_you_mean(str(which), WHICH)} It is best or last")
         if not there or which not in (None, *there):
             raise RecipeError(f"the run in {str(place)!r} has no student {which or 'best or last'!r}; it has {listing(there)}")
         self.folder = place / (which or there[0])
-        self.run = load(place / RESOLVED, overrides=overrides, environment={})
+        self.run = load(file, overrides=overrides, environment={})
         load_weights(self.run.student, self.folder)
 
     def measure(self) -> Mapping[str, float]:
@@ -96,7 +109,7 @@ class Finished:
         collate = self.run.collate
         for part in (collate.tokenizer, collate.processor):
             if part is not None:
-                write_whole(folder, _saving(part))
+                write_into(folder, _saving(part))
         return sorted(each for each in Path(folder).rglob("*") if each.is_file())
 
 

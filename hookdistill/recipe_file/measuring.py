@@ -14,7 +14,8 @@ from ..addresses import parse
 from ..batches import model_inputs, pick
 from ..capture import Capture
 from ..errors import RecipeError
-from ..evaluation import Evaluation, Evaluator, HeldOutLosses
+from ..evaluation import Evaluation, Evaluator
+from ..evaluators import Fidelity, HeldOutLosses
 from .importing import call
 from .schema import Evaluator as Spec
 
@@ -69,4 +70,6 @@ def build_evaluator(spec: Spec, folder: Path) -> Evaluator:
         if not callable(made):
             raise RecipeError(f"{spec.factory} gave a {type(made).__name__}; an evaluator is called with an Evaluation")
         return made  # type: ignore[no-any-return]
-    return HeldOutLosses() if spec.metric == "losses" else Accuracy(spec.logits, spec.labels)
+    if spec.metric == "accuracy":
+        return Accuracy(spec.logits, spec.labels)
+    return HeldOutLosses() if spec.metric == "losses" else Fidelity()

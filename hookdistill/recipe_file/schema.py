@@ -314,6 +314,53 @@ class Scheduler(Section):
         return self
 
 
+class NamedMatches(Section):
+    """A ready list of matches; `hookdistill recipes` prints their names and options."""
+
+    recipe: str = Field(description="Its name.", examples=["minilm", "tinybert", "dkd"])
+    arguments: Arguments = Field({}, description="Its options.")
+
+
+class KeepItem(Section):
+    """How one of the teacher's tensors is kept in the store."""
+
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16", "int8", "float8"] = Field(
+        "auto", description="auto: as the teacher makes it, which loses nothing; int8 and float8 with a scale for each token."
+    )
+    tokens: int | list[int] | str | None = Field(
+        None, description="Only some tokens: positions, or an item of the batch that is nonzero where one is kept."
+    )
+    features: str | list[int] | None = Field(None, description="Only some of the last dimension.", examples=["0:256"])
+    top_k: Count | None = Field(None, description="Of logits, the most likely classes and the mass of the others.")
+    samples: Count | None = Field(None, description="Of logits, classes drawn at random: an unbiased estimate.")
+    temperature: Positive = Field(1.0, description="Of the distribution that top_k and samples keep; that of the loss.")
+
+
+class Store(Section):
+    """The teacher's tensors on disk: `hookdistill cache` writes them once, `hookdistill train` reads them."""
+
+    path: str = Field(description="A folder.", examples=["stores/mine"])
+    keep: dict[str, KeepItem] = Field(
+        {},
+        description="How tensors are kept, by address. Default: whole, in their own dtype.",
+        examples=[{":logits": {"top_k": 64}}],
+    )
+    key: str | list[str] | None = Field(
+        None, description="Items of the batch that tell samples apart. Default: a hash of the teacher's inputs."
+    )
+    shard_bytes: Count = Field(256 * 2**20, description="Size of the files.")
+
+
+class Start(Section):
+    """The student starts as layers of the teacher, of the same widths."""
+
+    layers: Literal["spread", "first", "last"] | list[Annotated[int, Field(ge=0)]] = Field(
+        "spread", description="Which of the teacher's layers: evenly spread, the first or last ones, or positions from 0."
+    )
+    embeddings: bool = Field(True, description="Copy the embeddings as well.")
+    head: bool = Field(True, description="Copy the head as well.")
+
+
 class Training(Section):
     """How long, how fast, and where the student goes."""
 
@@ -333,7 +380,34 @@ class Training(Section):
     output_dir: str | None = Field(
         None, description="A folder that gets the students last and best, and recipe.yaml with every setting of the run."
     )
+    patience: Count | None = Field(None, description="Evaluations without a better best after which the training ends.")
+    load_best_at_end: bool = Field(False, description="Let the last student be the best one.")
+    save_every: Literal["epoch"] | Count | None = Field(
+        "epoch", description="Checkpoints to resume from: epoch, or a number of optimizer steps; null for none."
+    )
+    keep_last: Count | None = Field(2, description="How many checkpoints stay; null: all.")
+    quick_resume: bool = Field(
+        False,
+        description="Skip to the place in the data without loading it again, where rows have no random numbers of their own.",
+    )
+    gradient_checkpointing: bool = Field(False, description="Of a transformers student: less memory, more time.")
+    compile: bool | Literal["student", "teacher"] = Field(False, description="torch.compile of both models, or of one.")
+    teacher_device: str | None = Field(None, description="Where the teacher runs. Default: where the student does.")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Decay of an average of the student's weights that is measured and saved."
+    )
+    balance: Literal["magnitude", "gradnorm"] | None = Field(None, description="Factors on the weights of the matches.")
+    on_nonfinite: Literal["error", "skip"] = Field(
+        "error", description="When a loss is NaN or infinite: stop, or skip the step."
+    )
     progress: bool = Field(True, description="A bar on stderr.")
+    log_every: Count = Field(10, description="Optimizer steps between two lines of log.jsonl.")
+    trackers: list[str] = Field([], description="accelerate's trackers.", examples=[["tensorboard"]])
+    project: str = Field("hookdistill", description="Name of the run for the trackers.")
+    report: bool | Literal["auto"] = Field(
+        "auto", description="Write report.html at the end; auto: if there is an output_dir and matplotlib is installed."
+    )
+    deterministic: bool = Field(False, description="Only algorithms that give the same bits every time.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Of initial weights, order of rows, dropout.")
 
     @model_validator(mode="after")
@@ -347,8 +421,10 @@ class Training(Section):
 class Evaluator(Section):
     """What is measured on the held-out rows: a metric of the student, or a function of one's own."""
 
-    metric: Literal["losses", "accuracy"] | None = Field(
-        None, description="losses: those of the matches. accuracy: how often the student's largest logit is the label."
+    metric: Literal["losses", "fidelity", "accuracy"] | None = Field(
+        None,
+        description="losses: those of the matches. fidelity: how near the student's tensors are to the teacher's. accuracy: "
+        "how often the student's largest logit is the label.",
     )
     factory: str | None = Field(
         None,
@@ -375,7 +451,11 @@ class Recipe(Section):
     teachers: dict[str, Model] = Field({}, description="Several teachers by name, for teacher_model in the matches.")
     student: Model = Field(description="The model that is trained.")
     data: Data = Field(description="What is trained on.")
-    matches: list[AnyMatch] = Field(min_length=1, description="What is compared with what, by which loss.")
+    initialize: Start | None = Field(None, description="Let the student start as layers of the teacher.")
+    matches: Annotated[list[AnyMatch], Field(min_length=1)] | NamedMatches = Field(
+        description="What is compared with what, by which loss: a list, or the name of a ready one."
+    )
+    store: Store | None = Field(None, description="The teacher's tensors on disk, so that it need not run again.")
     trainer: Training = Field(description="How it is trained.")
     import_from: list[str] = Field(
         [], description="Folders in which the modules of factories are looked for, beside the folder of the recipe."
@@ -386,6 +466,10 @@ class Recipe(Section):
     def _teacher_or_teachers(self) -> Recipe:
         if self.teacher is not None and self.teachers:
             raise ValueError("teacher and teachers are both given; give one")
+        if self.store is not None and self.teacher is None:
+            raise ValueError("store keeps the tensors of teacher, and there is none")
+        if self.initialize is not None and self.teacher is None:
+            raise ValueError("initialize copies layers of teacher, and there is none")
         measured = self.data.eval is not None or self.data.hold_out is not None
         if not measured and self.evaluators:
             raise ValueError("evaluators measure on data.eval or data.hold_out; give one of them")
