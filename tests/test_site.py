@@ -10,7 +10,7 @@ import yaml
 from hookdistill.cli import app
 from hookdistill.recipe_file.document import parse_value
 from hookdistill.recipe_file.editors import reference
-from hookdistill.recipe_file.schema import MatchItem, Recipe
+from hookdistill.recipe_file.schema import MatchItem, NamedMatches, Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -35,6 +35,8 @@ def test_recipes_on_the_pages_are_recipes(page, block):
     data = parse_value(block)
     if "student" in data:
         Recipe.model_validate(data)
+    elif isinstance(data["matches"], dict):
+        NamedMatches.model_validate(data["matches"])
     else:
         for item in data["matches"]:
             MatchItem.model_validate(item)
