@@ -218,7 +218,7 @@ def page(results: Sequence[dict[str, Any]], where: dict[str, Any]) -> str:
         "",
         f"{where['threads']} thread(s), {where['date']}, torch {where['torch']}, transformers "
         f"{where['transformers']}. All arms of a task have the same student, batches, steps, optimizer and schedule. Each "
-        "chooses its learning rate among the same three by one run each on 200 validation examples; the weights are the "
+        "chooses its learning rate among the same ones by one run each on 200 validation examples; the weights are the "
         "recipes' defaults, not tuned here. The held-out split is looked at once for each seed. `ms / step` is the processor "
         "time of a training step, `peak MB` the memory that a step adds to what lies there between steps, teacher included.",
         "",
@@ -248,7 +248,8 @@ def facts(result: dict[str, Any]) -> list[str]:
         "",
         f"Teacher {result['teacher_parameters']:,} parameters, {result['teacher']:.1f} % on the {result['held_out']} held-out "
         f"examples; student {result['student_parameters']:,}. {result['labelled']} labelled and {result['unlabelled']:,} "
-        f"unlabelled examples, {result['steps']} steps of {result['batch']}, {len(result['rows'][0]['accuracies'])} seeds. "
+        f"unlabelled examples, {result['steps']} steps of {result['batch']}, {len(result['rows'][0]['accuracies'])} seeds, learning rates "
+        f"{', '.join(f'{rate:g}' for rate in result['rates'])}. "
         "`alone` sees the labelled ones only; `dkd` sees all and learns from the labelled ones, as its loss needs the label.",
     ]
 

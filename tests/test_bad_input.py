@@ -203,7 +203,7 @@ MATCHES = [
         pair=lambda: readers(depths=(2, 4)),
         early=True,
     ),
-    Mistake("many for one", match("layers.*", "layers.0"), ("4", "layers.0", "wildcards"), early=True),
+    Mistake("many for one", match("layers.*", "layers.0"), ("4", "layers.0", "layer_map"), early=True),
     Mistake("no matches", list, ("empty", "Match"), early=True),
     Mistake("one match, no list", lambda: Match("layers.0", "layers.0"), ("list", "[Match"), early=True),
     Mistake("one dict, no list", lambda: {"type": "ts_distill"}, ("list",), early=True),

@@ -41,7 +41,7 @@ def test_code_blocks_run(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # pages write stores, students and runs
     torch.manual_seed(0)
     ids = torch.randint(1, 50, (2, 6))
-    rows = [{"input_ids": ids[0], "attention_mask": torch.ones_like(ids[0]), "labels": torch.tensor(1)}] * 8
+    rows = [{"input_ids": each, "attention_mask": torch.ones_like(each), "labels": torch.tensor(1)} for each in ids] * 4
     names = {
         "__name__": page.stem,
         "hookdistill": hookdistill,

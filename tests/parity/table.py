@@ -21,6 +21,7 @@ FAMILIES = {
     "features": "Hidden states, feature maps, embeddings",
     "logits": "Logits",
     "logit_methods": "Logits, by method",
+    "sparse": "Logits of which a store kept some",
     "attention": "Attention",
     "maps": "Whole maps",
     "samples": "Relations between samples",
@@ -105,6 +106,7 @@ def _losses() -> str:
                 "vocabulary",
                 "temperature",
                 "samples",
+                "classes",
             }
             held = set() if spec.state is None else {*spec.required, "align", "decoder", "position"} - {"index"}
             shared -= {"samples"} if "samples" in spec.state_parameters else set()

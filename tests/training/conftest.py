@@ -5,17 +5,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 
 _MEMORY = Path("/dev/shm")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate's state is one for the process; a test that makes an Accelerator must not decide for the next."""
-    yield
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
 
 
 @pytest.fixture
