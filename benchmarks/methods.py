@@ -248,8 +248,8 @@ def facts(result: dict[str, Any]) -> list[str]:
         "",
         f"Teacher {result['teacher_parameters']:,} parameters, {result['teacher']:.1f} % on the {result['held_out']} held-out "
         f"examples; student {result['student_parameters']:,}. {result['labelled']} labelled and {result['unlabelled']:,} "
-        f"unlabelled examples, {result['steps']} steps of {result['batch']}, {len(result['rows'][0]['accuracies'])} seeds, learning rates "
-        f"{', '.join(f'{rate:g}' for rate in result['rates'])}. "
+        f"unlabelled examples, {result['steps']} steps of {result['batch']}, {len(result['rows'][0]['accuracies'])} seeds, "
+        f"learning rates {', '.join(f'{rate:g}' for rate in result['rates'])}. "
         "`alone` sees the labelled ones only; `dkd` sees all and learns from the labelled ones, as its loss needs the label.",
     ]
 

@@ -17,6 +17,7 @@ from .evaluation import Evaluation, Evaluator, Measurement, OnDevice, measure
 from .loading import rows_of
 from .losses.reduction import fit_mask
 from .matches import Match
+from .precision import product
 from .running import teaching, undisturbed
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ class _Cka:
         x, y = (torch.cat([pair[side] for pair in [*self.pairs, empty]]) for side in (0, 1))
         count = evaluation.summed(torch.tensor(float(len(x)), dtype=torch.float64)).clamp_min(1)
         x, y = (each - evaluation.summed(each.sum(0)) / count for each in (x, y))
-        cross, ours, theirs = (evaluation.summed(a.T @ b).norm() for a, b in ((x, y), (x, x), (y, y)))
+        cross, ours, theirs = (evaluation.summed(product(a.T, b)).norm() for a, b in ((x, y), (x, x), (y, y)))
         return {"cka": float(cross.square() / (ours * theirs))} if float(ours * theirs) > 0 else {}
 
 

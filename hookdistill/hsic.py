@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import CaptureError
+from .precision import product
 
 FEWEST = 4  # examples for which the unbiased estimate exists
 MOST_TOKENS = 1024
@@ -26,7 +27,7 @@ def centred_gram(features: Tensor) -> Tensor:
     features = features.reshape(len(features), -1).to(_widest(features.device))
     features = features - features.mean(0)  # changes nothing but the rounding: hidden states often lie far from zero
     n = len(features)
-    gram = (features @ features.T).fill_diagonal_(0)
+    gram = product(features, features.T).fill_diagonal_(0)
     rows = gram.sum(1) / (n - 2)
     centred = gram - rows[:, None] - rows[None, :] + rows.sum() / (n - 1)
     return centred.fill_diagonal_(0)
@@ -51,7 +52,7 @@ class MinibatchCKA:
         theirs, ours = (torch.stack([centred_gram(each).flatten() for each in side]) for side in (teacher, student))
         ours = ours.to(theirs.device)
         # The mean over minibatches of unequal size is weighted by their number of examples.
-        terms = (theirs @ ours.T, theirs.square().sum(1), ours.square().sum(1))
+        terms = (product(theirs, ours.T), theirs.square().sum(1), ours.square().sum(1))
         scaled = [term / (n - 3) for term in terms]
         self._sums = tuple(scaled if self._sums is None else map(torch.add, self._sums, scaled))  # type: ignore[assignment]
         self.batches += 1

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..precision import product
+
 _SHARPNESS = (8, 16, 32, 64, 128, 256, 512)  # 1 / regularisation, for costs scaled to [0, 1]
 _ROUNDS = 15
 _LEAST = 1e-6
@@ -36,8 +38,8 @@ def transport(cost: Tensor, supply: Tensor, demand: Tensor) -> Tensor:
         kernel = (sharpness * (left[:, None] + right - scaled)).exp()
         u, v = torch.ones_like(rows), torch.ones_like(columns)
         for _ in range(_ROUNDS):
-            v = columns / (u @ kernel).clamp_min(tiny)
-            u = rows / (kernel @ v).clamp_min(tiny)
+            v = columns / product(u, kernel).clamp_min(tiny)
+            u = rows / product(kernel, v).clamp_min(tiny)
         left, right = left + u.log() / sharpness, right + v.log() / sharpness
     flow = u[:, None] * kernel * v
     return _feasible(flow, rows, columns).to(cost.dtype)

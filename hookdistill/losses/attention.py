@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LossError
+from ..precision import product
 from .classes import kl_divergence
 from .reduction import (
     Reduction,
@@ -104,7 +105,7 @@ def relation_kl(
         if tokens is not None:
             joined = zero_invalid(joined, tokens)
         regrouped = joined.reshape(*joined.shape[:2], heads, joined.shape[2] // heads).transpose(1, 2)
-        scores = regrouped @ regrouped.transpose(-1, -2) / math.sqrt(regrouped.shape[-1])
+        scores = product(regrouped, regrouped.transpose(-1, -2)) / math.sqrt(regrouped.shape[-1])
         if tokens is not None:  # finite, so that a row without any valid key is not NaN
             scores = scores.masked_fill(~tokens[:, None, None, :], torch.finfo(scores.dtype).min)
         return scores.log_softmax(-1)

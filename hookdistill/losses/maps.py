@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LossError
+from ..precision import product
 from .classes import check_temperature, kl_divergence
 from .features import unit_vectors
 from .reduction import Reduction, check_teacher, compare_maps, map_pair, reduce
@@ -73,7 +74,7 @@ def nst(
         ours, theirs = unit_vectors(s.transpose(1, 2)), unit_vectors(t.transpose(1, 2))
 
         def kernel(x: Tensor, y: Tensor) -> Tensor:
-            return (x @ y.transpose(1, 2)).pow(degree).mean((1, 2))
+            return product(x, y.transpose(1, 2)).pow(degree).mean((1, 2))
 
         return kernel(theirs, theirs) + kernel(ours, ours) - 2 * kernel(ours, theirs)
 
@@ -109,7 +110,7 @@ def fsp(
     for side, (first, second) in sides.items():
         roles = (side, f"{side}_second")
         one, two, places = map_pair("fsp", first, second, mask=mask, dim=dim, roles=roles, shrink="max")
-        flows.append(one.transpose(1, 2) @ two / places.sum(-1).clamp_min(1)[:, None, None])
+        flows.append(product(one.transpose(1, 2), two) / places.sum(-1).clamp_min(1)[:, None, None])
     ours, theirs = flows
     if ours.shape != theirs.shape:
         raise LossError(
@@ -136,7 +137,7 @@ def ickd(
     """
 
     def value(s: Tensor, t: Tensor, places: Tensor) -> Tensor:
-        ours, theirs = (unit_vectors(side.transpose(1, 2) @ side) for side in (s, t))
+        ours, theirs = (unit_vectors(product(side.transpose(1, 2), side)) for side in (s, t))
         return (ours - theirs).square().sum(-1).mean(-1)
 
     return compare_maps("ickd", value, student, teacher, mask=mask, reduction=reduction, dim=dim, same_width=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LossError
+from ..precision import product
 from .classes import check_labels, kl_divergence
 from .features import unit_vectors
 from .reduction import Reduction, check_student, check_teacher, fit_mask, reduce, working_dtype, zero_invalid
@@ -180,7 +181,7 @@ def queue_kl(
     empty = candidates.square().sum(-1) == 0
 
     def log_similarity(side: Tensor, heat: float) -> Tensor:
-        return ((side @ candidates.T) / heat).masked_fill(empty, torch.finfo(dtype).min).log_softmax(-1)
+        return (product(side, candidates.T) / heat).masked_fill(empty, torch.finfo(dtype).min).log_softmax(-1)
 
     values = kl_divergence(log_similarity(theirs, temperatures[1]), log_similarity(ours, temperatures[0]))
     if position is not None and torch.is_grad_enabled():
@@ -216,7 +217,7 @@ def _remember(bank: Tensor, index: Tensor, new: Tensor, momentum: float, valid: 
 def _contrast(anchor: Tensor, bank: Tensor, scale: Tensor, chosen: Tensor, tau: float, learns: bool) -> Tensor:
     """The noise-contrastive estimate of each row, of which the first chosen entry of the bank is the positive one."""
     samples, k = bank.shape[0], chosen.shape[1] - 1
-    scores = ((bank[chosen].to(anchor.dtype) @ anchor.unsqueeze(-1)).squeeze(-1) / tau).exp()
+    scores = (product(bank[chosen].to(anchor.dtype), anchor.unsqueeze(-1)).squeeze(-1) / tau).exp()
     estimate = scores.detach().mean() * samples
     normaliser = torch.where(scale > 0, scale.to(scores.dtype), estimate)
     if learns:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import LossError
+from ..precision import product
 from .features import unit_vectors
 from .reduction import Reduction, Samples, compare_samples
 from .registry import register_loss
@@ -44,7 +45,7 @@ def similarity_preserving(
     """
 
     def value(s: Tensor, t: Tensor, valid: Tensor) -> Tensor:
-        ours, theirs = (unit_vectors(side @ side.T) for side in (s, t))
+        ours, theirs = (unit_vectors(product(side, side.T)) for side in (s, t))
         return (ours - theirs).square().sum(-1) / _count(valid)
 
     return _compare("similarity_preserving", value, student, teacher, samples, mask, reduction, dim)
@@ -71,7 +72,7 @@ def pkt(
     def value(s: Tensor, t: Tensor, valid: Tensor) -> Tensor:
         def chances(side: Tensor) -> Tensor:
             unit = unit_vectors(side)
-            affinity = ((unit @ unit.T + 1) / 2).masked_fill(~valid, 0)
+            affinity = ((product(unit, unit.T) + 1) / 2).masked_fill(~valid, 0)
             return affinity / affinity.sum(-1, keepdim=True).clamp_min(PKT_EPSILON)
 
         p, q = chances(t), chances(s)
@@ -169,9 +170,9 @@ def correlation_congruence(
 
     def matrix(side: Tensor) -> Tensor:
         if kernel == "bilinear":
-            return side @ side.T
+            return product(side, side.T)
         unit = unit_vectors(side)
-        cosine = unit @ unit.T
+        cosine = product(unit, unit.T)
         terms = [(2 * gamma) ** p / math.factorial(p) * cosine**p for p in range(1, order + 1)]
         return math.exp(-2 * gamma) * (1 + torch.stack(terms).sum(0))
 
@@ -203,10 +204,10 @@ def cka(
     def value(s: Tensor, t: Tensor, valid: Tensor) -> Tensor:
         s, t = _centred(s, valid), _centred(t, valid)
         if s.shape[0] <= max(s.shape[1], t.shape[1]):  # whichever matrices are smaller: sample by sample, or feature by feature
-            k, m = s @ s.T, t @ t.T
+            k, m = product(s, s.T), product(t, t.T)
             cross, ours, theirs = (k * m).sum(), k.square().sum(), m.square().sum()
         else:
-            cross, ours, theirs = (t.T @ s).square().sum(), (s.T @ s).square().sum(), (t.T @ t).square().sum()
+            cross, ours, theirs = (product(*pair).square().sum() for pair in ((t.T, s), (s.T, s), (t.T, t)))
         tiny = torch.finfo(s.dtype).tiny
         similarity = cross * ours.clamp_min(tiny).rsqrt() * theirs.clamp_min(tiny).rsqrt()
         return (1 - similarity).expand(s.shape[0])
@@ -238,7 +239,7 @@ def _centred(side: Tensor, valid: Tensor) -> Tensor:
 
 def _gram(side: Tensor, valid: Tensor) -> Tensor:
     centred = _centred(side, valid)  # distances do not change, and lose fewer digits
-    return centred @ centred.T
+    return product(centred, centred.T)
 
 
 def _squared_distances(gram: Tensor) -> Tensor:
