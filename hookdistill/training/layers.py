@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..distiller import Distiller
 from ..errors import HookDistillError
 from ..files import write_text
 from ..journal import SIMILARITY
+from ..layer_similarity import similarity
 from ..sharding import is_sharded
 from .log import Log
 
@@ -38,22 +39,18 @@ def record_similarity(folder: Path, when: str, distiller: Distiller, batches: It
 
 def _similarity(distiller: Distiller, batches: Iterable[Any]) -> dict[str, Any] | str:
     teacher = distiller.teacher
-    similarity = getattr(sys.modules["hookdistill"], "similarity", None)
-    if not callable(similarity):
-        return "there is no hookdistill.similarity"
     if not isinstance(teacher, nn.Module):
         return "there is not one teacher that is a module"
     if is_sharded(distiller) or is_sharded(teacher):
         return "the models are sharded"
-    options = {"batches": _BATCHES, "batch_adaptor": distiller.batch_adaptor}
+    compare = partial(similarity, teacher, distiller.student, batches, batches=_BATCHES, batch_adaptor=distiller.batch_adaptor)
     try:
-        return dict(similarity(teacher, distiller.student, batches, **options).as_dict())
+        return compare().as_dict()
     except HookDistillError as error:
         reason = str(error)
     named = [(term.teacher_address, term.student_address) for term in distiller.loss.terms.values()]
     sides = [list(dict.fromkeys(str(pair[side]) for pair in named if pair[0] is not None)) for side in (0, 1)]
     try:  # where no layers are found by themselves, those that the matches compare
-        found = similarity(teacher, distiller.student, batches, teacher_layers=sides[0], student_layers=sides[1], **options)
-        return dict(found.as_dict())
+        return compare(teacher_layers=sides[0], student_layers=sides[1]).as_dict()
     except (HookDistillError, ValueError):
         return reason

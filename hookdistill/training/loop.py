@@ -31,7 +31,6 @@ from .describe import describe
 from .faults import not_finite, out_of_memory, teachers_of, too_many_skipped
 from .gradients import gradient_norm, norms_by_match
 from .interruption import Interruption, exit_code
-from .keeping import Students
 from .layers import record_similarity
 from .log import Log, write_run
 from .measuring import Measuring
@@ -48,6 +47,7 @@ from .setup import (
     refuse_deepspeed,
     reproducible,
 )
+from .students import Students
 from .trainer import TrainResult
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from ..evaluators import HeldOutLosses
 from ..randomness import set_seed
 from ..running import undisturbed
 from ..sharding import reshard
-from .keeping import Students
 from .log import Log
+from .students import Students
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

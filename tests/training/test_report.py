@@ -39,7 +39,7 @@ def similar(monkeypatch):
         calls.append((list(data), options))
         return Matrix(0.5 * len(calls))
 
-    monkeypatch.setattr(hookdistill, "similarity", similarity, raising=False)
+    monkeypatch.setattr("hookdistill.training.layers.similarity", similarity)
     return calls
 
 
@@ -117,7 +117,7 @@ def test_where_layers_cannot_be_compared_the_log_says_why(tmp_path, monkeypatch)
             raise hookdistill.CaptureError("neither these")
         raise hookdistill.CaptureError("no layers are found")
 
-    monkeypatch.setattr(hookdistill, "similarity", similarity, raising=False)
+    monkeypatch.setattr("hookdistill.training.layers.similarity", similarity)
     monkeypatch.setattr("hookdistill.training.loop.write_report", lambda folder: None)
     _, story = run(tmp_path, report="auto")
     notes = [event["note"] for event in story.events if event["kind"] == "note"]
@@ -131,10 +131,20 @@ def test_where_no_layers_are_found_those_of_the_matches_are_compared(tmp_path, m
             raise hookdistill.CaptureError("no layers are found")
         return Matrix(float(len(teacher_layers) == 2 and student_layers == ["2", "0"]))
 
-    monkeypatch.setattr(hookdistill, "similarity", similarity, raising=False)
+    monkeypatch.setattr("hookdistill.training.layers.similarity", similarity)
     monkeypatch.setattr("hookdistill.training.loop.write_report", lambda folder: None)
     _, story = run(tmp_path, report="auto")
     assert story.layers["before"].values[0][0] == 1.0
+
+
+def test_the_picture_is_that_of_the_models(tmp_path, monkeypatch):
+    monkeypatch.setattr("hookdistill.training.loop.write_report", lambda folder: None)
+    _, story = run(tmp_path, report="auto")
+    before, after = (story.layers[when] for when in ("before", "after"))
+    layers = ["2", "0"]  # those of the matches
+    assert [(each.teacher, each.student) for each in (before, after)] == [(layers, layers)] * 2
+    assert before.values != after.values
+    assert all(-1 <= value <= 1 for matrix in (before, after) for row in matrix.values for value in row)
 
 
 def test_one_match_needs_no_total_and_small_numbers_a_logarithm(tmp_path):
