@@ -108,7 +108,7 @@ def _panels(
     )
     for axis, (name, curve, level) in zip(axes, drawn, strict=False):
         _curve(axis, curve, colour=colour, dots=dots, level=level)
-        if from_zero:
+        if from_zero and axis.get_yscale() != "log":
             axis.set_ylim(0, 1.12 * max(value for _, value in curve if math.isfinite(value)) or 1)
         axis.set_title("\n".join(textwrap.wrap(name, 42)), fontsize=9, color=INK, loc="left")
         if marked is not None and marked[0] == name:

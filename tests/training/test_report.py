@@ -3,6 +3,7 @@
 import base64
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -204,3 +205,9 @@ def test_metrics_that_are_not_finite_are_left_out_of_the_curve(tmp_path):
     panels = drawn(metric_curves(story))
     assert list(panels) == ["score"]
     assert points(panels["score"].lines[0]) == [(6, 2.0), (12, 3.0)]
+
+
+def test_a_gauge_that_falls_a_hundredfold_has_a_logarithmic_scale(tmp_path):
+    _, story = run(tmp_path)
+    figure = gauge_curves(replace(story, gauges={"gradient_norm": [(1, 1.0), (2, 0.01)]}))
+    assert drawn(figure)["gradient norm"].get_yscale() == "log"
