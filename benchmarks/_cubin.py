@@ -24,6 +24,8 @@ POINTERS = {
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.bool: "*i1",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
 }
 """How Triton writes a pointer to a dtype."""
 
@@ -75,7 +77,10 @@ def compiled(launched: Launched) -> Compiled:
     signature |= dict.fromkeys(launched.constants, "constexpr")
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=multiples)
     target = GPUTarget("cuda", CAPABILITY, 32)
-    result = triton.compile(source, target=target, options={"num_warps": launched.warps, "maxnreg": launched.registers})
+    options = {"num_warps": launched.warps, "maxnreg": launched.registers}
+    if launched.stages is not None:
+        options["num_stages"] = launched.stages
+    result = triton.compile(source, target=target, options=options)
     return _figures(kernel.__name__, launched.warps, result)
 
 

@@ -22,13 +22,18 @@ from rich.console import Console
 from rich.table import Table
 
 from _cubin import Compiled, compiled
+from hookdistill.fused.attention import AttentionTask, Heads
 from hookdistill.fused.forms import FORMS
+from hookdistill.fused.relations import RelationTask
 from hookdistill.fused.rows import RowTask, RowTerm
+from hookdistill.kernels.attention import attention_losses_triton
 from hookdistill.kernels.launching import recorded
+from hookdistill.kernels.relations import relation_losses_triton
 from hookdistill.kernels.rows import run_rows_triton
 from hookdistill.kernels.scale import scale_triton
 
 ROWS = 4
+TOKENS = 512
 DISTRIBUTIONS = ("kl", "reverse_kl", "js", "skew_kl", "tvd", "soft_cross_entropy")
 ALL_LOGITS = (*DISTRIBUTIONS, "cross_entropy")
 ALL_FEATURES = ("mse", "l1", "smooth_l1", "huber", "cosine", "normalized_mse")
@@ -59,6 +64,15 @@ def cases() -> Iterator[Case]:
         for width in (768, 1024, 4096, 8192, 16384):
             for names in (("mse",), ("l1",), ("cosine",), ("mse", "cosine"), ALL_FEATURES):
                 yield features(names, width, dtype)
+        for width in (64, 128):
+            for mask in ("keys", "causal", "full", "odd", "added", "pairs"):
+                if mask == "pairs" and width > 64 and dtype is torch.float32:
+                    continue  # left to the closed forms
+                for kind in ("kl", "mse", "scores mse"):
+                    for kernel in ("log_sums", "by_query", "by_key")[kind == "scores mse" :]:
+                        yield attention(kind, mask, width, dtype, kernel)
+            for kernel in ("relation_sums", "relation_slopes"):
+                yield relations(width, dtype, kernel)
         yield Case("gradients from above", named(dtype), 4096, "scale", lambda dtype=dtype: scaled(dtype))
     yield Case("counts of a mask", "bool", ROWS, "shares", features(("mse",), 768, torch.bfloat16).run)
     yield Case("sums", "float32", ROWS, "totals", features(("mse",), 768, torch.bfloat16).run)
@@ -73,6 +87,49 @@ def features(names: tuple[str, ...], width: int, dtype: torch.dtype) -> Case:
     """Terms on features, with a mask."""
     kernel = "narrow_rows" if width <= 8192 else "wide_rows"
     return Case("+".join(names), named(dtype), width, kernel, lambda: rows(names, width, dtype))
+
+
+def attention(kind: str, mask: str, width: int, dtype: torch.dtype, kernel: str) -> Case:
+    """A loss between attentions of heads of this width.
+
+    ``mask`` is what hides keys: one for all queries (keys), causality, one for each whose rows are multiples of 16 bytes (full)
+    or not (odd), or one that is added; and tokens count. With ``pairs`` a mask for each says what counts, too. Its launches are
+    `log_sums`, but for scores, `by_query` and `by_key`.
+    """
+    return Case(f"attention {kind}, {mask}", named(dtype), width, kernel, lambda: heads(kind, mask, width, dtype))
+
+
+def relations(width: int, dtype: torch.dtype, kernel: str) -> Case:
+    """MiniLMv2's loss between relation heads of this width, with a mask.
+
+    Its launches are `relation_sums` and `relation_slopes`.
+    """
+    return Case("relation_kl", named(dtype), width, kernel, lambda: related(width, dtype))
+
+
+def heads(kind: str, mask: str, width: int, dtype: torch.dtype) -> None:
+    tokens = TOKENS - 1 if mask == "odd" else TOKENS
+    valid = torch.ones(2, tokens, dtype=torch.bool)
+    pairs = torch.ones(2, 1, tokens, tokens, dtype=torch.bool)
+    seen = {"keys": valid[:, None, None], "full": pairs, "odd": pairs, "pairs": pairs, "added": pairs.to(dtype)}.get(mask)
+    sides = [
+        Heads(
+            query=torch.empty(2, 4, tokens, width, dtype=dtype),
+            key=torch.empty(2, 2, tokens, width, dtype=dtype),
+            mask=seen,
+            is_causal=mask == "causal",
+        )
+        for _ in range(2)
+    ]
+    counted = {"open": None, "pairs": pairs}.get(mask, valid)
+    task = AttentionTask(kind=kind, student=sides[0], teacher=sides[1], valid=counted, mean=False)  # type: ignore[arg-type]
+    attention_losses_triton(task, gradient=True)
+
+
+def related(width: int, dtype: torch.dtype) -> None:
+    student, teacher = (torch.empty(2, TOKENS, 4, width, dtype=dtype).transpose(1, 2) for _ in range(2))
+    valid = torch.ones(2, TOKENS, dtype=torch.bool)
+    relation_losses_triton(RelationTask(student=student, teacher=teacher, heads=4, valid=valid), gradient=True)
 
 
 def rows(names: tuple[str, ...], width: int, dtype: torch.dtype) -> None:

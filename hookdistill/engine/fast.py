@@ -294,7 +294,10 @@ def choose(task: Task, impl: str) -> Choice:
     if impl == "triton" and missing is not None:
         raise MatchError(f"impl='triton' {missing}")
     if isinstance(task, (AttentionTask, RelationTask)):
-        return Choice("chunked", "no map")
+        unfit = unsuited(task) if kernels and missing is None else missing and f"Triton {missing}"
+        if kernels and unfit is None:
+            return Choice("triton", "no map")
+        return Choice("chunked", "no map" + (f"; {unfit}" if unfit else ""))
     reason = "head and loss in one" if isinstance(task, HeadTask) else ""
     if kernels and missing is None:
         unfit = unsuited(task) if isinstance(task, RowTask) else _double(task.student)
@@ -323,18 +326,29 @@ def _device(task: Task) -> torch.device:
 def run(task: Task, choice: Choice, *, gradient: bool) -> Computed:
     """Compute a task. Without gradients, as in an evaluation, nothing is worth a compilation of its own."""
     with _plainly():
+        kernels = choice.implementation == "triton"
         if isinstance(task, AttentionTask):
-            attention = attention_losses(task, gradient=gradient)
+            if kernels:
+                from ..kernels.attention import attention_losses_triton
+
+                attention = attention_losses_triton(task, gradient=gradient)
+            else:
+                attention = attention_losses(task, gradient=gradient)
             slopes = ((task.student.query, attention.query), (task.student.key, attention.key))
             return Computed([attention.value], attention.total, [(to, slope) for to, slope in slopes if slope is not None])
         if isinstance(task, RelationTask):
-            relation = relation_losses(task, gradient=gradient)
+            if kernels:
+                from ..kernels.relations import relation_losses_triton
+
+                relation = relation_losses_triton(task, gradient=gradient)
+            else:
+                relation = relation_losses(task, gradient=gradient)
             found = [] if relation.gradient is None else [(task.student, relation.gradient)]
             return Computed([relation.value], relation.total, found)
         compiled = choice.implementation == "compiled" and gradient
         if isinstance(task, HeadTask):
             block, most = (compiled_block, HEAD_CHUNK) if compiled else (block_losses, CHUNK)
-            if choice.implementation == "triton":
+            if kernels:
                 from ..kernels.blocks import block_losses_triton
 
                 block, most = block_losses_triton, WHOLE

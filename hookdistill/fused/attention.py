@@ -21,6 +21,9 @@ from ..losses.reduction import working_dtype
 from .rows import gradient_dtype
 
 Kind = Literal["kl", "mse", "scores mse"]
+Between = Literal["kl", "mse", "scores mse", "relation kl"]
+"""The losses between scores. ``relation kl`` is of log-probabilities; ``kl``, of probabilities, takes the log of the smallest
+normal number for that of anything smaller."""
 
 HIDDEN = torch.finfo(torch.float16).min
 """Scores at and below this are hidden by a mask: -65504, as in ``losses.attention_mse``."""
@@ -117,7 +120,7 @@ def attention_losses(task: AttentionTask, *, gradient: bool, most: int = MAP_BLO
 
 
 def score_loss(
-    kind: Kind, s: Tensor, t: Tensor, valid: Tensor | None, our_never: float, their_never: float, *, gradient: bool
+    kind: Between, s: Tensor, t: Tensor, valid: Tensor | None, our_never: float, their_never: float, *, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The sum of a loss over scores ``[heads, queries, keys]``, how many it is of, and its gradient by ``s``.
 
@@ -129,10 +132,8 @@ def score_loss(
             counts &= valid
         d = s.sub_(t).masked_fill_(~counts, 0)
         return d.square().sum(), counts.sum(), d.mul_(2) if gradient else None
-    log_q, lost = _log_softmax(s, our_never)
-    log_p, their_lost = _log_softmax(t, their_never)
-    q = log_q.exp().masked_fill_(lost, 0)
-    p = log_p.exp().masked_fill_(their_lost, 0)
+    log_q, log_p = _log_softmax(s, our_never), _log_softmax(t, their_never)
+    q, p = log_q.exp(), log_p.exp()
     if kind == "mse":
         d = q - p
         if valid is not None:
@@ -149,6 +150,9 @@ def score_loss(
         number = queries.expand(p.shape[:-1]).sum()
     else:
         number = torch.tensor(float(p.shape[0] * p.shape[1]))
+    if kind == "relation kl":
+        total = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0).sum()
+        return total, number, q.mul_(p.sum(-1, keepdim=True)).sub_(p) if gradient else None
     least = math.log(torch.finfo(s.dtype).tiny)
     alive = log_q >= least
     # What either side hides has a log of -inf: bounded, it costs nothing where p is zero.
@@ -222,12 +226,12 @@ def _valid(valid: Tensor, b: int, h: slice, q: slice) -> Tensor:
     return _part(valid, b, h, q)
 
 
-def _log_softmax(scores: Tensor, never: float) -> tuple[Tensor, Tensor]:
-    """In place; and which rows hide every key, whose values mean nothing."""
+def _log_softmax(scores: Tensor, never: float) -> Tensor:
+    """In place; -inf in rows that hide every key."""
     most = scores.amax(-1, keepdim=True)
     lost = most <= never
     scores.sub_(torch.where(lost, 0, most)).masked_fill_(lost, 0)
-    return scores.sub_(scores.exp().sum(-1, keepdim=True).log_()), lost
+    return scores.sub_(scores.exp().sum(-1, keepdim=True).log_()).masked_fill_(lost, -math.inf)
 
 
 def _add_keys(by_key: Tensor, h: slice, groups: int, slopes: Tensor) -> None:

@@ -60,7 +60,7 @@ def relation_losses(task: RelationTask, *, gradient: bool, most: int = MAP_BLOCK
         for _, h, q in map_blocks(counted, task.heads, tokens, most):
             s, t = (_scores(side, h, q, valid) for side in (ours, theirs))
             rows = None if valid is None else (valid[q].unsqueeze(-1) & valid).unsqueeze(0)
-            part, _, slope = score_loss("kl", s, t, rows, -math.inf, -math.inf, gradient=gradient)
+            part, _, slope = score_loss("relation kl", s, t, rows, -math.inf, -math.inf, gradient=gradient)
             value += part
             if by_token is not None and slope is not None:
                 if rows is not None:

@@ -8,11 +8,19 @@ import os
 import torch
 from torch import Tensor
 
+from ..fused.attention import AttentionTask
+from ..fused.relations import RelationTask
 from ..fused.rows import RowTask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
 MOST_ROWS = 2**31 - 1
+WIDEST_HEAD = 128
+"""More of a head does not fit into the registers of a program."""
+WIDEST_EXACT = 64
+"""The same in float32 with a mask for each pair of query and key."""
+WIDEST_RELATION = 256
+"""The same of relation heads in half precision, of which there are fewer tensors at a time."""
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -58,8 +66,10 @@ def interpreted() -> bool:
     return isinstance(of_triton, InterpretedFunction) and isinstance(totals, InterpretedFunction)
 
 
-def unsuited(task: RowTask) -> str | None:
+def unsuited(task: RowTask | AttentionTask | RelationTask) -> str | None:
     """Why this task is better left to the closed forms, if it is; no matter on which device."""
+    if not isinstance(task, RowTask):
+        return _unsuited_maps(task)
     student = task.student
     if not student.numel():
         return "empty"
@@ -70,6 +80,29 @@ def unsuited(task: RowTask) -> str | None:
     if student.numel() // student.shape[task.dim] > MOST_ROWS or student.shape[task.dim] > MOST_ROWS:
         return "too many rows"
     return None
+
+
+def _unsuited_maps(task: AttentionTask | RelationTask) -> str | None:
+    """The same of losses between maps."""
+    if isinstance(task, AttentionTask):
+        pairs = [(side.query, side.key) for side in (task.student, task.teacher)]
+        widths, heads, most = [query.shape[3] for query, _ in pairs], task.student.query.shape[1], WIDEST_HEAD
+    else:
+        pairs = [(side, side) for side in (task.student, task.teacher)]
+        widths, heads = [side.shape[1] * side.shape[3] // task.heads for side, _ in pairs], task.heads
+        most = WIDEST_HEAD if any(side.dtype is torch.float32 for side, _ in pairs) else WIDEST_RELATION
+    for query, key in pairs:
+        if query.dtype not in DTYPES:
+            return _said(query.dtype)
+        if key.dtype is not query.dtype:
+            return f"queries in {_said(query.dtype)}, keys in {_said(key.dtype)}"
+    if max(widths) > most:
+        return f"heads wider than {most}"
+    by_pairs = isinstance(task, AttentionTask) and task.valid is not None and task.valid.ndim != 2
+    if by_pairs and max(widths) > WIDEST_EXACT and any(query.dtype is torch.float32 for query, _ in pairs):
+        return f"a mask of pairs and heads wider than {WIDEST_EXACT} in float32"
+    query, key = pairs[0]
+    return "too many rows" if query.shape[0] * heads * max(query.shape[2], key.shape[2]) > MOST_ROWS else None
 
 
 def _wide(tensor: Tensor) -> bool:

@@ -19,6 +19,7 @@ class Launched:
     arguments: tuple[Tensor | int, ...]
     warps: int
     registers: int | None
+    stages: int | None
     constants: dict[str, Any]
 
 
@@ -26,18 +27,26 @@ _recorders: list[list[Launched]] = []
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int, warps: int, registers: int | None = None, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Tensor | int,
+    warps: int,
+    registers: int | None = None,
+    stages: int | None = None,
+    **constants: Any,
 ) -> None:
     """Launch a kernel on the current device and stream.
 
     Args:
         registers: how many a thread may have. Left to itself the assembler may put values into memory for the sake of a thread
             more, which is no gain where memory is what is waited for.
+        stages: how many blocks of a loop are on their way from memory, where that is not left to the compiler.
     """
+    options = {"num_warps": warps, "maxnreg": registers} | ({} if stages is None else {"num_stages": stages})
     if _recorders:
-        _recorders[-1].append(Launched(kernel, grid, arguments, warps, registers, constants))
+        _recorders[-1].append(Launched(kernel, grid, arguments, warps, registers, stages, constants))
     else:
-        kernel[grid](*arguments, num_warps=warps, maxnreg=registers, **constants)
+        kernel[grid](*arguments, **options, **constants)
 
 
 @contextlib.contextmanager

@@ -5,19 +5,16 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from torch.autograd import gradcheck
 
+from encoders import BATCH, PADDING, TOKENS, encoders, token_batch
 from hookdistill import Capture, Distiller, Match, losses
 from hookdistill.attention import AttentionCall, attention_probabilities, attention_scores
 from hookdistill.engine.fast import Choice
 from hookdistill.fused.attention import AttentionTask, Heads, attention_losses, map_blocks, queries_that_count
 
 KINDS = ["kl", "mse", "scores mse"]
-BATCH, HEADS, TOKENS = 3, 4, 9
-PADDING = torch.ones(BATCH, TOKENS, dtype=torch.bool)
-PADDING[1, 6:] = False
-PADDING[2, :4] = False
+HEADS = 4
 
 
 def heads(groups, width, *, seed, dtype=torch.float64):
@@ -81,6 +78,21 @@ def test_a_key_that_only_the_student_hides_gets_no_gradient(kind):
     query, key = (tensor.requires_grad_() for tensor in heads(1, 8, seed=0))
     ours, our_heads = side(query, key, None, True, 0.35)
     theirs, their_heads = side(*heads(1, 8, seed=1), None, kind == "scores mse", 0.35)
+    value = on_maps(kind, ours, theirs, None)
+    expected = torch.autograd.grad(value, (query, key))
+    found = attention_losses(AttentionTask(kind=kind, student=our_heads, teacher=their_heads), gradient=True)
+    torch.testing.assert_close(found.value, value.detach())
+    torch.testing.assert_close((found.query, found.key), expected)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+@pytest.mark.parametrize("kind", ["kl", "mse"])
+def test_a_query_that_is_lost_on_one_side_only(kind, which):
+    seen = torch.ones(BATCH, 1, TOKENS, TOKENS, dtype=torch.bool)
+    seen[0, 0, 3] = False
+    query, key = (tensor.requires_grad_() for tensor in heads(1, 8, seed=0))
+    ours, our_heads = side(query, key, seen if which == "student" else None, False, 0.35)
+    theirs, their_heads = side(*heads(1, 8, seed=1), seen if which == "teacher" else None, False, 0.35)
     value = on_maps(kind, ours, theirs, None)
     expected = torch.autograd.grad(value, (query, key))
     found = attention_losses(AttentionTask(kind=kind, student=our_heads, teacher=their_heads), gradient=True)
@@ -163,47 +175,6 @@ def test_blocks_cover_what_counts_once():
 
 
 # In a model: what the capture hands over
-
-
-class Encoder(nn.Module):
-    """Two layers of attention by ``F.scaled_dot_product_attention``, with a mask of keys."""
-
-    def __init__(self, width=16, depth=2):
-        super().__init__()
-        self.embed = nn.Embedding(50, width)
-        self.layers = nn.ModuleList(Attention(width) for _ in range(depth))
-        self.head = nn.Linear(width, 5)
-
-    def forward(self, input_ids, attention_mask):
-        hidden = self.embed(input_ids)
-        for layer in self.layers:
-            hidden = hidden + layer(hidden, attention_mask)
-        return self.head(hidden)
-
-
-class Attention(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
-
-    def forward(self, hidden, attention_mask):
-        query, key, value = self.qkv(hidden).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
-        mask = attention_mask[:, None, None, :].bool()
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        if not torch.is_grad_enabled():
-            query.mul_(0)  # whoever keeps only a reference to the teacher's has nothing now
-        return mixed.transpose(1, 2).flatten(2)
-
-
-def encoders():
-    torch.manual_seed(0)
-    return Encoder(32, 3), Encoder(16, 2)
-
-
-def token_batch():
-    draw = torch.Generator().manual_seed(3)
-    return {"input_ids": torch.randint(50, (BATCH, TOKENS), generator=draw), "attention_mask": PADDING.long()}
-
 
 MATCHES = {
     "attention": Match("layers.2", "layers.1", selector="attention", loss="kl", mask="attention_mask", name="map"),

@@ -12,7 +12,18 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from kernels_sm90 import ALL_FEATURES, ALL_LOGITS, Case, features, figures, logits, named, scaled  # noqa: E402
+from kernels_sm90 import (  # noqa: E402
+    ALL_FEATURES,
+    ALL_LOGITS,
+    Case,
+    attention,
+    features,
+    figures,
+    logits,
+    named,
+    relations,
+    scaled,
+)
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -41,6 +52,22 @@ AROUND = [
     Case("counts of a mask", "bool", 4, "shares", features(("mse",), 768, HALF).run),
     Case("sums", "float32", 4, "totals", features(("mse",), 768, HALF).run),
 ]
+MAPS = [
+    (attention("kl", "keys", 64, HALF, "log_sums"), 2),
+    (attention("kl", "keys", 64, HALF, "by_query"), 4),
+    (attention("mse", "full", 64, HALF, "by_query"), 6),
+    (attention("mse", "pairs", 64, HALF, "by_key"), 4),
+    (attention("kl", "odd", 128, HALF, "by_query"), 4),
+    (attention("scores mse", "causal", 128, HALF, "by_key"), 4),
+    (attention("kl", "added", 128, HALF, "by_key"), 6),
+    (attention("mse", "full", 64, SINGLE, "by_key"), 6),
+    (relations(64, HALF, "relation_slopes"), 4),
+    (relations(256, HALF, "relation_slopes"), 4),
+    (relations(128, SINGLE, "relation_sums"), 2),
+]
+"""Each with how many tensors it reads 16 bytes at a time; masks too, where they are of such a size."""
+LEAST_SHARED = 101376
+"""Bytes of shared memory that a program may have on the smallest of the devices with kernels, of capability 8.6."""
 
 
 def label(case):
@@ -69,6 +96,17 @@ def test_features_are_read_16_bytes_at_a_time(case):
     assert found.narrow_loads <= 2 * len(case.losses.split("+"))  # masks
 
 
+@pytest.mark.parametrize(("case", "tensors"), MAPS, ids=label)
+def test_maps_stay_in_registers_and_half_precision_goes_to_tensor_cores(case, tensors):
+    found = figures(case)
+    assert found.spilled == found.stack == 0
+    assert found.doubles == 0
+    assert found.shared <= LEAST_SHARED
+    assert found.loads_of_16 >= tensors
+    assert (found.tensor_cores > 0) == (case.dtype == "bfloat16")
+    assert "sums" in case.kernel or found.stores_of_16 >= 1
+
+
 @pytest.mark.parametrize("case", AROUND, ids=label)
 def test_what_stands_around_spills_nothing(case):
     found = figures(case)
@@ -84,3 +122,10 @@ def test_the_committed_table_is_of_these_kernels():
         row for row in table["rows"] if (row["losses"], row["dtype"], row["width"]) == (case.losses, case.dtype, case.width)
     ]
     assert rows[0]["loads_of_16"] == figures(case).loads_of_16
+    case = MAPS[1][0]
+    rows = [
+        row
+        for row in table["rows"]
+        if (row["losses"], row["dtype"], row["width"], row["kernel"]) == (case.losses, case.dtype, case.width, case.kernel)
+    ]
+    assert rows[0]["registers"] == figures(case).registers

@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from hookdistill import DistillationLoss, Match
+from hookdistill.fused.attention import AttentionTask, Heads
+from hookdistill.fused.relations import RelationTask
 from hookdistill.fused.rows import RowTask
 from hookdistill.kernels import tables
+from hookdistill.kernels.attention import attention_losses_triton
+from hookdistill.kernels.relations import relation_losses_triton
 from hookdistill.kernels.rows import run_rows_triton
 from kernel_cases import FEATURES, LOGITS, check, computed, defined, drawn, labels, same_bits, some, term, terms
 
@@ -71,6 +75,47 @@ def test_a_step_can_be_captured_in_a_graph_and_replayed_on_new_values():
         again_total, again = step()
         torch.testing.assert_close(total, again_total)
         torch.testing.assert_close(gradients, again)
+
+
+def test_losses_between_maps_never_wait_and_can_be_captured():
+    valid = some(2, 200, device="cuda")
+    query, key, their_query, their_key = (
+        drawn(2, 4, 200, 64, seed=seed, dtype=torch.bfloat16, device="cuda") for seed in range(4)
+    )
+    factor = torch.tensor(0.5, device="cuda")
+    sides = [
+        Heads(query=each[0], key=each[1], mask=valid[:, None, None], scale=0.125)
+        for each in ((query, key), (their_query, their_key))
+    ]
+
+    def step():
+        results = []
+        for kind in ("kl", "mse", "scores mse"):
+            task = AttentionTask(kind=kind, student=sides[0], teacher=sides[1], valid=valid, coefficient=factor)
+            found = attention_losses_triton(task, gradient=True)
+            results += [found.total, found.query, found.key]
+        relation = RelationTask(student=query, teacher=their_query, heads=2, valid=valid, coefficient=0.3)
+        found = relation_losses_triton(relation, gradient=True)
+        return [*results, found.total, found.gradient]
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    query.copy_(drawn(*query.shape, seed=9, device="cuda"))
+    graph.replay()
+    for one, other in zip(captured, step(), strict=True):
+        assert same_bits(one, other)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
