@@ -250,7 +250,9 @@ def facts(result: dict[str, Any]) -> list[str]:
         f"examples; student {result['student_parameters']:,}. {result['labelled']} labelled and {result['unlabelled']:,} "
         f"unlabelled examples, {result['steps']} steps of {result['batch']}, {len(result['rows'][0]['accuracies'])} seeds, "
         f"learning rates {', '.join(f'{rate:g}' for rate in result['rates'])}. "
-        "`alone` sees the labelled ones only; `dkd` sees all and learns from the labelled ones, as its loss needs the label.",
+        f"`alone` sees the labelled ones only. The others draw from all, so that a batch holds "
+        f"{result['batch'] * result['labelled'] / (result['labelled'] + result['unlabelled']):.1f} labels on average: recipes whose "
+        "only view of the classes are the labels (`dkd` too, whose loss needs them) learn from that many fewer of them than `alone`.",
     ]
 
 
