@@ -243,6 +243,7 @@ def facts(result: dict[str, Any]) -> list[str]:
         "`minilm_v2` train half of the steps on relations and half on the labels alone; `tinybert` half on each stage, without "
         "the frozen embeddings. `mobilebert` is left out: it needs equal depths.",
     }[result["task"]]
+    labels = result["batch"] * result["labelled"] / (result["labelled"] + result["unlabelled"])
     return [
         what,
         "",
@@ -250,9 +251,9 @@ def facts(result: dict[str, Any]) -> list[str]:
         f"examples; student {result['student_parameters']:,}. {result['labelled']} labelled and {result['unlabelled']:,} "
         f"unlabelled examples, {result['steps']} steps of {result['batch']}, {len(result['rows'][0]['accuracies'])} seeds, "
         f"learning rates {', '.join(f'{rate:g}' for rate in result['rates'])}. "
-        f"`alone` sees the labelled ones only. The others draw from all, so that a batch holds "
-        f"{result['batch'] * result['labelled'] / (result['labelled'] + result['unlabelled']):.1f} labels on average: recipes whose "
-        "only view of the classes are the labels (`dkd` too, whose loss needs them) learn from that many fewer of them than `alone`.",
+        f"`alone` sees the labelled ones only. The others draw from all, so that a batch holds {labels:.1f} labels on average: "
+        "recipes whose only view of the classes are the labels (`dkd` too, whose loss needs them) learn from that many fewer "
+        "of them than `alone`.",
     ]
 
 
