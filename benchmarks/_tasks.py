@@ -55,15 +55,21 @@ class Task:
     def labelled(self) -> list[Batch]:
         return [each for each in self.train if int(each["labels"]) != UNLABELLED]
 
+    @property
+    def unlabelled(self) -> list[Batch]:
+        return [each for each in self.train if int(each["labels"]) == UNLABELLED]
+
     def batches(self, examples: Data, steps: int, seed: int) -> Iterator[Batch]:
         """As many batches as there are steps, shuffled anew in each pass."""
-        draw = torch.Generator().manual_seed(seed)
-        order: list[int] = []
-        for _ in range(steps):
-            while len(order) < self.batch:
-                order += torch.randperm(len(examples), generator=draw).tolist()
-            chosen, order = order[: self.batch], order[self.batch :]
-            yield self.collate([examples[i] for i in chosen])
+        for chosen in drawn(examples, self.batch, steps, seed):
+            yield self.collate(chosen)
+
+    def mixed_batches(self, steps: int, seed: int) -> Iterator[Batch]:
+        """Batches of which a quarter has labels, each kind shuffled anew when it has been seen whole."""
+        few = self.batch // 4
+        kinds = drawn(self.labelled, few, steps, seed), drawn(self.unlabelled, self.batch - few, steps, seed + 500)
+        for labelled, unlabelled in zip(*kinds, strict=True):
+            yield self.collate([*labelled, *unlabelled])
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module, examples: Data) -> float:
@@ -74,6 +80,17 @@ class Task:
             batch = self.collate(examples[start : start + 200])
             right += int((self.predict(model, batch).argmax(-1) == batch["labels"]).sum())
         return 100 * right / len(examples)
+
+
+def drawn(examples: Data, count: int, steps: int, seed: int) -> Iterator[list[Batch]]:
+    """So many examples for each step, shuffled anew in each pass."""
+    draw = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        while len(order) < count:
+            order += torch.randperm(len(examples), generator=draw).tolist()
+        chosen, order = order[:count], order[count:]
+        yield [examples[i] for i in chosen]
 
 
 def with_few_labels(examples: Sequence[Batch], per_class: int) -> list[Batch]:

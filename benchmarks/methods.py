@@ -36,16 +36,28 @@ from _tasks import Batch, Task, digits, has_headlines, headlines
 from hookdistill import Distiller, Match, recipes
 from hookdistill.tables import table
 
-Stage = Callable[[nn.Module, nn.Module], list[Match]]
+Matches = Callable[[nn.Module, nn.Module], list[Match]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is compared, and whether only the labelled examples are seen; else a quarter of each batch has labels."""
+
+    matches: Matches
+    labelled_only: bool = False
+
+    def batches(self, task: Task, steps: int, seed: int) -> Iterator[Batch]:
+        if self.labelled_only:
+            return task.batches(task.labelled, steps, seed)
+        return task.mixed_batches(steps, seed)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method: its stages, one after the other, and whether it sees the unlabelled examples."""
+    """A method: its stages, one after the other."""
 
     name: str
     stages: tuple[Stage, ...]
-    unlabelled: bool = True
 
 
 def labels_only(teacher: nn.Module, student: nn.Module) -> list[Match]:
@@ -54,7 +66,7 @@ def labels_only(teacher: nn.Module, student: nn.Module) -> list[Match]:
 
 
 def named(name: str, **options: Any) -> Stage:
-    return lambda teacher, student: getattr(recipes, name)(teacher, student, **options)
+    return Stage(lambda teacher, student: getattr(recipes, name)(teacher, student, **options))
 
 
 def without_embeddings(teacher: nn.Module, student: nn.Module) -> list[Match]:
@@ -62,7 +74,8 @@ def without_embeddings(teacher: nn.Module, student: nn.Module) -> list[Match]:
     return recipes.tinybert(teacher, student)[1:]
 
 
-ALONE = Arm("alone", (labels_only,), unlabelled=False)
+LABELS_ONLY = Stage(labels_only, labelled_only=True)
+ALONE = Arm("alone", (LABELS_ONLY,))
 LOGITS = [Arm(name, (named(name),)) for name in ("kd", "dkd", "dist")]
 FEATURES = [Arm(name, (named(name),)) for name in ("fitnet", "rkd", "cka")]
 
@@ -73,18 +86,17 @@ def arms(task: Task) -> list[Arm]:
         maps = [Arm(name, (named(name),)) for name in ("attention_transfer", "reviewkd")]
         return [ALONE, *LOGITS, *FEATURES, contrast, *maps]
     blocks = [Arm(name, (named(name),)) for name in ("distilbert", "patient_kd")]
-    tiny = Arm("tinybert", (without_embeddings, named("tinybert", stage="prediction", labels="labels")))
-    relations = [Arm(f"{name}, then labels", (named(name), labels_only)) for name in ("minilm", "minilm_v2")]
+    tiny = Arm("tinybert", (Stage(without_embeddings), named("tinybert", stage="prediction", labels="labels")))
+    relations = [Arm(f"{name}, then labels", (named(name), LABELS_ONLY)) for name in ("minilm", "minilm_v2")]
     return [ALONE, *LOGITS, *FEATURES, *blocks, tiny, *relations]
 
 
 def trained(task: Task, arm: Arm, teacher: nn.Module, *, lr: float, seed: int) -> nn.Module:
     """A student after all stages of an arm, which share the steps."""
     student = task.student(seed)
-    source = task.train if arm.unlabelled else task.labelled
     steps = task.steps // len(arm.stages)
     for number, stage in enumerate(arm.stages):
-        for step in steps_of(task, stage, teacher, student, task.batches(source, steps, 1000 * seed + number), lr, steps):
+        for step in steps_of(task, stage, teacher, student, stage.batches(task, steps, 1000 * seed + number), lr, steps):
             step()
     return student
 
@@ -95,7 +107,7 @@ def steps_of(
     """The steps of one stage, each to be called once."""
     student.train()
     first = next(batches)
-    distiller = Distiller(teacher, student, stage(teacher, student), example_batch=first)
+    distiller = Distiller(teacher, student, stage.matches(teacher, student), example_batch=first)
     parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=task.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
@@ -152,11 +164,10 @@ COST_STEPS, WARM_UP = 20, 4
 def cost(task: Task, arm: Arm, *, measured_steps: int = COST_STEPS) -> dict[str, float | None]:
     """Median processor time of a step in milliseconds, and the most memory that a step adds; the mean over the stages."""
     teacher, student = task.blank_teacher(), task.student(0)
-    source = task.train if arm.unlabelled else task.labelled
     times, peaks = [], []
     for stage in arm.stages:
         total = WARM_UP + measured_steps + 1
-        steps = steps_of(task, stage, teacher, student, task.batches(source, total, 0), 1e-4, total)
+        steps = steps_of(task, stage, teacher, student, stage.batches(task, total, 0), 1e-4, total)
         for step in itertools.islice(steps, WARM_UP):
             step()
         taken = []
@@ -243,7 +254,6 @@ def facts(result: dict[str, Any]) -> list[str]:
         "`minilm_v2` train half of the steps on relations and half on the labels alone; `tinybert` half on each stage, without "
         "the frozen embeddings. `mobilebert` is left out: it needs equal depths.",
     }[result["task"]]
-    labels = result["batch"] * result["labelled"] / (result["labelled"] + result["unlabelled"])
     return [
         what,
         "",
@@ -251,9 +261,8 @@ def facts(result: dict[str, Any]) -> list[str]:
         f"examples; student {result['student_parameters']:,}. {result['labelled']} labelled and {result['unlabelled']:,} "
         f"unlabelled examples, {result['steps']} steps of {result['batch']}, {len(result['rows'][0]['accuracies'])} seeds, "
         f"learning rates {', '.join(f'{rate:g}' for rate in result['rates'])}. "
-        f"`alone` sees the labelled ones only. The others draw from all, so that a batch holds {labels:.1f} labels on average: "
-        "recipes whose only view of the classes are the labels (`dkd` too, whose loss needs them) learn from that many fewer "
-        "of them than `alone`.",
+        "`alone` sees the labelled ones only, and so does every stage on labels alone; in the batches of the others a quarter "
+        "has labels. `dkd` learns from that quarter, as its loss needs the label.",
     ]
 
 
