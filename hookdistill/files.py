@@ -26,10 +26,15 @@ def write_text(file: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         _usual_mode(partial, 0o666)
-        partial.replace(file)
-        flush(file.parent)
+        publish(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def publish(partial: Path, file: Path) -> None:
+    """Give a whole file, flushed to the disk, its name, and see to it that the name is on the disk too."""
+    partial.replace(file)
+    flush(file.parent)
 
 
 def write_into(path: str | os.PathLike[str], write: Callable[[Path], object]) -> list[Path]:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from ..distiller import Distiller
 from ..errors import HookDistillError, MatchError, RecipeError
 from ..evaluation import Evaluator
+from ..files import write_text
 from ..initialization import initialize_student
 from ..layer_similarity import Similarity, similarity
 from ..matches import Match
@@ -278,9 +279,8 @@ class Run:
         if self.output_dir is None:
             return None
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        file, partial = self.output_dir / RESOLVED, self.output_dir / f".partial-{RESOLVED}"
-        partial.write_text(self.resolved(), encoding="utf-8")
-        partial.replace(file)
+        file = self.output_dir / RESOLVED
+        write_text(file, self.resolved())
         return file
 
     def _match(self, position: int, item: MatchItem | OldMatch) -> Match:

@@ -16,6 +16,7 @@ from ..addresses import Address, Segment, parse
 from ..batches import BatchAdaptor, BatchKey
 from ..engine import batch_items, teacher_inputs
 from ..errors import StoreError, listing
+from ..files import PARTIAL, publish
 from ..matches import Match, as_matches
 from ..paths import has_forward, module_paths, resolve, unwrap
 from ..plan import expand
@@ -98,7 +99,7 @@ def finish(folder: Path, settings: Settings) -> None:
     samples = write_index(partial, shards)
     index = _facts(partial)
     path = folder / NAME.format(index.data[:16])
-    partial.replace(path)
+    publish(partial, path)
     column_bytes = {column: sum(shard.bytes_of(column) for shard in shards) for column in settings.columns}
     Manifest(
         settings=settings,
@@ -110,7 +111,7 @@ def finish(folder: Path, settings: Settings) -> None:
         versions=versions(),
     ).write(folder)
     left_over = [stale for stale in folder.glob(NAME.format("*")) if stale != path]
-    for stale in (*left_over, *folder.rglob(".partial-*")):
+    for stale in (*left_over, *folder.rglob(f"{PARTIAL}*")):
         stale.unlink()
 
 
@@ -276,7 +277,7 @@ def _written(folder: Path, settings: Settings, processes: Processes) -> tuple[in
         if path.name.startswith(own):
             number = max(number, int(path.name[len(own) :].split(".")[0]) + 1)
         done.add([key.tobytes() for key in shard.keys])
-    for partial in (folder / SHARDS).glob(f".partial-{own}*"):
+    for partial in (folder / SHARDS).glob(f"{PARTIAL}{own}*"):
         partial.unlink()
     return number, done
 

@@ -14,12 +14,12 @@ import torch
 from ..addresses import Address, parse
 from ..batches import BatchKey
 from ..errors import StoreError, listing
+from ..files import write_text
 from .codecs import Plain, Sampled, Scaled, TopK, codec_for
 from .dtypes import TAGS
 from .fingerprint import settings_hash
 from .keep import Keep, as_keep
 from .keys import Recognition
-from .shards import write_text
 
 FORMAT = 1
 MANIFEST = "manifest.json"

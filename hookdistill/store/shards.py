@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from ..errors import StoreError
+from ..files import PARTIAL, publish
 from .dtypes import Array, dtype_of, raw_dtype, tag_of
 
 KEY_BYTES = 16
@@ -262,7 +263,7 @@ def write_safetensors(path: Path, tensors: Iterable[_Tensor], metadata: Mapping[
         start += each.bytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(f".partial-{path.name}")
+    partial = path.with_name(PARTIAL + path.name)
     try:
         with partial.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
@@ -274,28 +275,6 @@ def write_safetensors(path: Path, tensors: Iterable[_Tensor], metadata: Mapping[
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears under its name only when it is whole and on the disk."""
-    partial = path.with_name(f".partial-{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(partial, path)
-
-
-def publish(partial: Path, path: Path) -> None:
-    """Give a whole file its name, and see to it that the name is on the disk too."""
-    partial.replace(path)
-    if os.name != "posix":
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def size_of(arrays: Mapping[str, Array]) -> int:
