@@ -171,7 +171,10 @@ def test_maps_and_gradients_are_those_of_eager(family: Family, implementation: s
         assert model(**inputs, output_attentions=True).get(family.maps) in (None, ())  # what this library is for
     (seen,) = watch(model, **inputs, at=attention)
     model.set_attn_implementation("eager")
-    expected = model(**inputs, output_attentions=True)[family.maps][-1]
+    maps = model(**inputs, output_attentions=True)[family.maps]
+    if not maps:
+        pytest.skip(f"this version of transformers gives no {family.maps} of {family.name}")
+    expected = maps[-1]
 
     lost = seen.probabilities.sum(-1, keepdim=True) == 0
     close(seen.probabilities, expected.masked_fill(lost, 0.0))
@@ -406,11 +409,13 @@ def test_flex_attention_with_mask_and_score_function() -> None:
     assert seen.call.key.shape == (2, 2, 7, 6)
 
 
-def test_a_flash_attention_kernel_is_refused_with_the_way_out() -> None:
-    library = torch.library.Library("flash_attn_stand_in", "DEF")
-    library.define("_flash_attn_forward(Tensor q) -> Tensor")
-    library.impl("_flash_attn_forward", lambda q: q.clone(), "CPU")
+# Stays as long as the process: torch 2.11 compiles nothing any more when operators that it has seen are gone.
+FLASH = torch.library.Library("flash_attn_stand_in", "DEF")
+FLASH.define("_flash_attn_forward(Tensor q) -> Tensor")
+FLASH.impl("_flash_attn_forward", lambda q: q.clone(), "CPU")
 
+
+def test_a_flash_attention_kernel_is_refused_with_the_way_out() -> None:
     class Flash(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.ops.flash_attn_stand_in._flash_attn_forward(x)
