@@ -42,9 +42,11 @@ def compiled_block(
     gradient: Tensor | None,
 ) -> Tensor:
     """`block_losses`, compiled the first time that a program is seen; as it stands where it cannot be compiled."""
-    tensors = [student, *others, *weights, scalars, *([] if gradient is None else [gradient])]
-    if student.shape[0] < 2 or not all(tensor.is_contiguous() for tensor in tensors):
+    if student.shape[0] < 2 or not (gradient is None or gradient.is_contiguous()):
         return block_losses(program, student, others, weights, scalars, gradient)
+    # The programs are for dense tensors: the shares of unmasked rows are one number expanded, logits may be a slice.
+    inputs = [tensor.contiguous() for tensor in (student, *others, *weights, scalars)]
+    tensors = [*inputs, *([] if gradient is None else [gradient])]
     key = (program, gradient is None, len(others), *((tensor.dtype, tensor.device) for tensor in tensors))
     if key not in _compiled:
         _compiled[key] = _compile(program, len(others), len(weights), tensors)

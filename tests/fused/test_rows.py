@@ -365,6 +365,22 @@ def test_compiled_blocks_say_the_same_for_any_number_of_rows(names, dtype):
 
 
 @pytest.mark.skipif(not compiler_available(), reason="there is no C++ compiler")
+@pytest.mark.parametrize("sliced", [False, True])
+def test_unmasked_rows_and_slices_are_compiled_too(sliced, monkeypatch):
+    """Their shares are one number expanded, their rows have gaps: neither is dense."""
+    monkeypatch.setattr("hookdistill.fused.compiler._compiled", programs := {})
+    student, other = (each[..., : 45 - 3 * sliced] for each in drawn("kl", 30, 45, dtype=torch.float32))
+    results = []
+    for function in (block_losses, compiled_block):
+        task = RowTask(student=student, terms=[term("kl", other, **heat("kl"))])
+        results.append(run_rows(task, function, most=MANY, gradient=True))
+    (program,) = programs.values()
+    assert program is not None
+    for plain, found in zip(*((each.values, each.gradient) for each in results), strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not compiler_available(), reason="there is no C++ compiler")
 def test_the_engine_compiles_what_is_asked_for():
     student, other = drawn("mse", 30, 45, dtype=torch.float32)
     values = {}
