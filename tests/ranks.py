@@ -47,6 +47,7 @@ def _process(rank: int, world: int, port: int, queue: Any, function: Callable[..
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",  # else accelerate chooses a number, and warns
     }
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()

@@ -74,7 +74,7 @@ def test_the_first_screen_is_sentence_commands_code_and_table():
     assert max(line.startswith("│ distilled") and number for number, line in enumerate(lines)) < 40
     assert len(blocks(ROOT / "README.md")[0].splitlines()) <= 10
     commands = [line for line in lines if line.startswith("pip install -c constraints.txt")]
-    assert [line.split("&& ")[1] for line in commands] == ["python examples/quickstart.py", "pytest"]
+    assert [line.split("&& ")[1] for line in commands] == ["python examples/quickstart.py", "pytest -n 2"]
 
 
 def test_the_bert_example_runs():
