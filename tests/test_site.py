@@ -1,5 +1,6 @@
 """The pages agree with the program: keys of recipes, commands, the list of pages; YAML on them is read."""
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import typer
 import yaml
 
+import hookdistill
 from hookdistill.cli import app
 from hookdistill.recipe_file.document import parse_value
 from hookdistill.recipe_file.editors import reference
@@ -21,6 +23,15 @@ RECIPES = [(page, block) for page in PAGES for block in BLOCK.findall(page.read_
 def test_every_page_is_in_the_navigation():
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert sorted(name for entry in settings["nav"] for name in entry.values()) == [page.name for page in PAGES]
+
+
+def test_the_api_page_has_every_public_name_and_no_other():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^::: hookdistill\.(\S+)", page, re.MULTILINE)
+    for name in shown:
+        pkgutil.resolve_name(f"hookdistill.{name}")
+    functions_and_classes = {name for name in hookdistill._HOMES if not name.endswith("Error")} - {"TrainerInterrupted"}
+    assert functions_and_classes <= {name.rpartition(".")[2] for name in shown}
 
 
 def test_the_table_of_keys_is_up_to_date():
