@@ -1,4 +1,4 @@
-"""Distil one small network into another with Lightning (`pip install "hookdistill[lightning]"`). Random data."""
+"""Distil one small network into another with Lightning (`pip install "hookdistill[lightning]"`). Random data, some seconds."""
 
 import argparse
 
