@@ -230,9 +230,10 @@ def page(results: Sequence[dict[str, Any]], where: dict[str, Any]) -> str:
         f"{where['threads']} thread(s), {where['date']}, torch {where['torch']}, transformers "
         f"{where['transformers']}. All arms of a task have the same student, batches, steps, optimizer and schedule. Each "
         "chooses its learning rate among the same ones by one run each on 200 validation examples; the weights are the "
-        "recipes' defaults, not tuned here. Within a run of the script the held-out split is looked at once for each seed; the "
-        "share of labels in a batch and the range of rates were changed after earlier runs had been read. `ms / step` is the "
-        "processor time of a training step, `peak MB` the memory that a step adds to what lies there between steps, teacher included.",
+        "recipes' defaults, not tuned here. Within a run of the script the held-out split is looked at once for each seed; "
+        "the share of labels in a batch and the range of rates were changed after earlier runs had been read. `ms / step` "
+        "is the processor time of a training step, `peak MB` the memory that a step adds to what lies "
+        "there between steps, teacher included.",
         "",
         "Read it with these limits: two tasks, few seeds, small models, far from the settings for which the papers chose their "
         "weights. A difference below about twice the spread is none. Few labels favour whatever shows the student the "
