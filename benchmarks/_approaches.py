@@ -139,7 +139,7 @@ def hidden_states(model: nn.Module, names: Names) -> Iterator[Attached]:
 
 @contextmanager
 def torchdistill(model: nn.Module, names: Names) -> Iterator[Attached]:
-    manager = _torchdistill_manager()(next(model.parameters()).device)
+    manager = torchdistill_manager()(next(model.parameters()).device)
     for name in names:
         manager.add_hook(model, name, requires_input=False, requires_output=True)
     try:
@@ -151,7 +151,7 @@ def torchdistill(model: nn.Module, names: Names) -> Iterator[Attached]:
         manager.clear()
 
 
-def _torchdistill_manager() -> Any:
+def torchdistill_manager() -> Any:
     """``torchdistill.core`` imports torchvision when it is first touched; its hook manager needs torch alone."""
     try:
         return importlib.import_module("torchdistill.core.forward_hook").ForwardHookManager

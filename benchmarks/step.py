@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from _approaches import torchdistill_manager
 from _conditions import conditions
 from _memory import can_measure, peak_bytes
 from _timing import ratio, take_turns, timed
@@ -48,17 +50,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     if options.memory_of:
-        step = steps(options.memory_of[0], device, options.quick)[options.memory_of[1]]
+        step = contenders(options.memory_of[0], device, options.quick)[options.memory_of[1]]()
         step()
         print(json.dumps(peak_bytes(lambda: (step(), step()), device)))
         return
     console = Console(width=None if Console().is_terminal else 150, highlight=False)
     found = conditions([device], transformers=transformers.__version__, threads=options.threads, quick=options.quick)
     console.print(", ".join(f"{key} {value}" for key, value in found.items() if value is not None), soft_wrap=True)
-    rows = [row for pair in options.pairs for row in measure(pair, device, options, console)]
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"step_{device.type}.json"
-    path.write_text(json.dumps({"conditions": found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    rows: list[Row] = []
+    for pair in options.pairs:
+        rows += measure(pair, device, options, console)
+        path.write_text(json.dumps({"conditions": found, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     console.print(f"wrote {path}")
 
 
@@ -80,10 +84,10 @@ def parse_options() -> argparse.Namespace:
 
 def measure(pair: str, device: torch.device, options: argparse.Namespace, console: Console) -> list[Row]:
     running, first, values = {}, {}, {}
-    for name, step in steps(pair, device, options.quick).items():
+    for name, build in contenders(pair, device, options.quick).items():
         if name in options.without:
             continue
-        start = time.perf_counter()
+        step, start = build(), time.perf_counter()
         try:
             values[name] = step().item()
         except Exception as error:  # a peer that does not run here is left out, not the whole benchmark
@@ -93,8 +97,8 @@ def measure(pair: str, device: torch.device, options: argparse.Namespace, consol
     for name, value in values.items():
         if abs(value - values[HAND]) > 0.02 * abs(values[HAND]) + 1e-4:
             raise RuntimeError(f"{name} gives {value}, by hand it is {values[HAND]}")
-    contenders = {name: lambda count, warm, run=run: timed(run, count, warm, device) for name, run in running.items()}
-    rounds = take_turns(contenders, HAND, rounds=options.rounds, steps=1, warm=0)
+    blocks = {name: lambda count, warm, run=run: timed(run, count, warm, device) for name, run in running.items()}
+    rounds = take_turns(blocks, HAND, rounds=options.rounds, steps=1, warm=0)
     rows = []
     for name in running:
         seconds = median(second for block in rounds[name].values() for second in block)
@@ -136,9 +140,9 @@ def print_rows(pair: str, rows: list[Row], console: Console) -> None:
 # The steps
 
 
-def steps(pair: str, device: torch.device, quick: bool) -> Mapping[str, Step]:
-    """Each contender's step, on models and a batch of its own sort but with the same weights."""
-    return bert_steps(device, quick) if pair == "bert" else llama_steps(device, quick)
+def contenders(pair: str, device: torch.device, quick: bool) -> Mapping[str, Callable[[], Step]]:
+    """What builds each contender's step, on models of its own with the same weights."""
+    return bert_contenders(device, quick) if pair == "bert" else llama_contenders(device, quick)
 
 
 def stepping(student: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> Step:
@@ -183,25 +187,32 @@ BERT_MATCHES = [
 ]
 
 
-def bert_steps(device: torch.device, quick: bool) -> dict[str, Step]:
+def bert_contenders(device: torch.device, quick: bool) -> dict[str, Callable[[], Step]]:
     batch = bert_batch(device, quick)
-    found: dict[str, Step] = {}
 
     def models(attention: str) -> tuple[nn.Module, nn.Module]:
         return tuple(bert(device, layers, quick=quick, attention=attention) for layers in (12, 6))  # type: ignore[return-value]
 
-    teacher, student = models("eager")
-    found[HAND] = stepping(student, by_hand(teacher, student, batch, bert_loss), device)
-    teacher, student = models("eager")
-    compiled = by_hand(torch.compile(teacher), torch.compile(student), batch, torch.compile(bert_loss))
-    found["torch.compile"] = stepping(student, compiled, device)
-    for name, settings in OURS_SETTINGS.items():
+    def hand() -> Step:
+        teacher, student = models("eager")
+        return stepping(student, by_hand(teacher, student, batch, bert_loss), device)
+
+    def compiled() -> Step:
+        teacher, student = models("eager")
+        total = by_hand(torch.compile(teacher), torch.compile(student), batch, torch.compile(bert_loss))
+        return stepping(student, total, device)
+
+    def ours(settings: Mapping[str, str]) -> Step:
         teacher, student = models("sdpa")
         distiller = Distiller(teacher, student, BERT_MATCHES, **settings)
-        found[name] = stepping(student, lambda distiller=distiller: distiller(batch).total, device)
-    teacher, student = models("eager")
-    found["torchdistill's hooks"] = stepping(student, torchdistill_bert(teacher, student, batch), device)
-    return found
+        return stepping(student, lambda: distiller(batch).total, device)
+
+    def torchdistill() -> Step:
+        teacher, student = models("eager")
+        return stepping(student, torchdistill_bert(teacher, student, batch, device), device)
+
+    mine = {name: partial(ours, settings) for name, settings in OURS_SETTINGS.items()}
+    return {HAND: hand, "torch.compile": compiled, **mine, "torchdistill's hooks": torchdistill}
 
 
 OURS_SETTINGS: Mapping[str, Mapping[str, str]] = {
@@ -235,15 +246,13 @@ def bert_loss(ours: Any, theirs: Any, attention_mask: Tensor) -> Tensor:
     return total + rows.sum() / (mask.sum() * s.shape[1])
 
 
-def torchdistill_bert(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Tensor]) -> Step:
+def torchdistill_bert(teacher: nn.Module, student: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> Step:
     """Its hooks on the same layers; its losses take no masks, so that the losses are those by hand."""
 
     def total() -> Tensor:
-        from torchdistill.core.forward_hook import ForwardHookManager
-
         if not managers:
             for model, count in ((teacher, 12), (student, 6)):
-                manager = ForwardHookManager(torch.device("cpu"))
+                manager = torchdistill_manager()(device)
                 for path in ["bert.embeddings", *(f"bert.encoder.layer.{n}" for n in range(count)), "cls"]:
                     manager.add_hook(model, path, requires_input=False, requires_output=True)
                 manager.add_hook(
@@ -283,7 +292,7 @@ def llama(device: torch.device, *, width: int, layers: int, vocabulary: int, see
     return model.to(torch.bfloat16) if device.type == "cuda" else model
 
 
-def llama_steps(device: torch.device, quick: bool) -> dict[str, Step]:
+def llama_contenders(device: torch.device, quick: bool) -> dict[str, Callable[[], Step]]:
     large = device.type == "cuda"
     vocabulary, batch, tokens = (300, 2, 16) if quick else (128256, 4, 2048) if large else (32000, 2, 256)
     sizes = ((64, 2), (32, 1)) if quick else ((2048, 16), (960, 16)) if large else ((512, 4), (256, 2))
@@ -293,26 +302,29 @@ def llama_steps(device: torch.device, quick: bool) -> dict[str, Step]:
     def models() -> list[nn.Module]:
         return [llama(device, width=w, layers=n, vocabulary=vocabulary, seed=seed) for seed, (w, n) in enumerate(sizes)]
 
-    def loss(teacher: nn.Module, student: nn.Module, kl: Callable[..., Tensor]) -> Step:
+    def hand(compiler: Callable[..., Any]) -> Step:
+        teacher, student = models()
+        run_teacher, run_student, kl = compiler(teacher), compiler(student), compiler(hand_kl)
+
         def total() -> Tensor:
             with torch.no_grad():
-                theirs = teacher(**inputs, use_cache=False).logits
-            return kl(student(**inputs, use_cache=False).logits, theirs, inputs["attention_mask"])
+                theirs = run_teacher(**inputs, use_cache=False).logits
+            return kl(run_student(**inputs, use_cache=False).logits, theirs, inputs["attention_mask"])
 
-        return total
+        return stepping(student, total, device)
 
-    teacher, student = models()
-    found = {HAND: stepping(student, loss(teacher, student, hand_kl), device)}
-    teacher, student = models()
-    compiled = loss(torch.compile(teacher), torch.compile(student), torch.compile(hand_kl))
-    found["torch.compile"] = stepping(student, compiled, device)
-    matches = [Match(":logits", ":logits", loss="kl", temperature=TEMPERATURE, mask="attention_mask")]
-    batch_of = {**inputs, "use_cache": False}
-    for name, head in ((OURS, "fused"), ("hookdistill, whole logits", "whole")):
+    def ours(head: str) -> Step:
         teacher, student = models()
+        matches = [Match(":logits", ":logits", loss="kl", temperature=TEMPERATURE, mask="attention_mask")]
         distiller = Distiller(teacher, student, matches, head=head)
-        found[name] = stepping(student, lambda distiller=distiller: distiller(batch_of).total, device)
-    return found
+        return stepping(student, lambda: distiller({**inputs, "use_cache": False}).total, device)
+
+    return {
+        HAND: partial(hand, lambda function: function),
+        "torch.compile": partial(hand, torch.compile),
+        OURS: partial(ours, "fused"),
+        "hookdistill, whole logits": partial(ours, "whole"),
+    }
 
 
 if __name__ == "__main__":
