@@ -9,17 +9,22 @@ from types import FrameType
 
 from torch import nn
 
+from .direct_call import DIRECT
 from .paths import Found, is_compiled, module_at, module_paths, unwrap
 
 
 def _running() -> Iterator[tuple[FrameType, nn.Module]]:
     """The module calls on this thread's stack, innermost first."""
     frame: FrameType | None = sys._getframe(1)
+    passed_on = False
     while frame is not None:
-        if frame.f_code.co_name == "_call_impl":
-            module = frame.f_locals.get("self")
-            if isinstance(module, nn.Module):
-                yield frame, module
+        code = frame.f_code
+        if code is DIRECT:
+            if not passed_on:
+                yield frame, frame.f_locals["self"].module
+        elif code.co_name == "_call_impl" and isinstance(module := frame.f_locals.get("self"), nn.Module):
+            yield frame, module
+        passed_on = code.co_name == "_call_impl"
         frame = frame.f_back
 
 

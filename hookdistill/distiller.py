@@ -41,10 +41,11 @@ from .paths import is_compiled, resolve, unwrap
 from .plan import Plan, check_values, expand, row
 from .recorder import Receiver, Recorded, Recorder, Recorders
 from .running import device_of, evaluating, teaching, undisturbed
-from .sharding import gather_for_backward, reshard
+from .sharding import gather_for_backward, is_sharded, reshard
+from .side_stream import SideStream, has_streams
 from .sources import CaptureSource, adjusted
 
-ORDERS = ("student first", "teacher first")
+ORDERS = ("student first", "teacher first", "overlapped")
 
 
 class Distiller(nn.Module):
@@ -71,7 +72,9 @@ class Distiller(nn.Module):
             the logits of neither model are ever whole in memory. ``"auto"``: where that saves much memory. ``"whole"``: never.
         order: ``"student first"``: losses are computed as the teacher's tensors come by, and each is let go at once, so that
             no more than one of them is held. ``"teacher first"``: both models run, then the losses are computed; that is how it
-            goes in any case where student and teacher share buffers.
+            goes in any case where student and teacher share buffers. ``"overlapped"``: that too, but a CUDA device gets the
+            teacher's forward on a side stream, to run beside the student's where neither fills it alone; plain teacher first
+            on other devices, for models that share weights, and for sharded ones.
 
     Raises:
         MatchError: an entry cannot be carried out on these models.
@@ -117,7 +120,8 @@ class Distiller(nn.Module):
             raise BatchError(f"batch_adaptor= is a function (device, batch), got {type(batch_adaptor).__name__}")
         self.batch_adaptor = batch_adaptor
         self._recorders: Recorders | None = None
-        self._disturbs_teachers = False
+        self._disturbs_teachers, self._overlaps = False, False
+        self._side: SideStream | None = None
         self._step = 0
         if example_batch is not None:
             self.plan(example_batch)
@@ -164,11 +168,14 @@ class Distiller(nn.Module):
             step = self._step
             self._step += int(self.training and torch.is_grad_enabled())
         with self._running(batch) as run:
-            if self.order == "teacher first" or self._disturbs_teachers:
-                teachers = run.teachers()
-                return self.loss(teachers, run.student(), batch, step=step, shares=shares)  # type: ignore[no-any-return]
-            losses = self.loss.begin(run.student(), batch, step=step, shares=shares)
-            return losses.finish(run.teachers(partial(self._receive, losses)))
+            if self.order == "student first" and not self._disturbs_teachers:
+                losses = self.loss.begin(run.student(), batch, step=step, shares=shares)
+                return losses.finish(run.teachers(partial(self._receive, losses)))
+            if self._overlaps and has_streams(run.home):
+                teachers, student = run.both(self._side_stream(run.home))
+            else:
+                teachers, student = run.teachers(), run.student()
+            return self.loss(teachers, student, batch, step=step, shares=shares)  # type: ignore[no-any-return]
 
     def counts(self, batch: Any) -> dict[str, Tensor]:
         """For each match that is a mean, the number of valid positions in ``batch``: see `DistillationLoss.counts`."""
@@ -331,9 +338,19 @@ class Distiller(nn.Module):
             raise
         self._recorders = Recorders(student, teachers, elsewhere)
         # Statistics of a batch norm that both use would be those after the student's forward.
-        buffers = set(map(id, self.student.buffers()))
-        self._disturbs_teachers = any(id(each) in buffers for name in wanted for each in self._teachers[name].buffers())
+        running = [self._teachers[name] for name in wanted]
+        buffers, parameters = set(map(id, self.student.buffers())), set(map(id, self.student.parameters()))
+        self._disturbs_teachers = any(id(each) in buffers for model in running for each in model.buffers())
+        shares = self._disturbs_teachers or any(id(each) in parameters for model in running for each in model.parameters())
+        # Casts of weights that both use would be made on one stream and read on the other; shards are gathered on streams of
+        # their own.
+        self._overlaps = self.order == "overlapped" and not shares and not any(map(is_sharded, [*running, self.student]))
         weakref.finalize(self, self._recorders.close)
+
+    def _side_stream(self, home: torch.device) -> SideStream:
+        if self._side is None or self._side.device != home:
+            self._side = SideStream(home)
+        return self._side
 
     def _read(self, batch: Any) -> dict[str | None, Any]:
         """What the sources among the teachers hand over for ``batch``."""
@@ -381,7 +398,7 @@ class Distiller(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks belong to these models; a copy puts its own on at its first forward.
-        return {**self.__dict__, "_recorders": None, "_compiled_call_impl": None}
+        return {**self.__dict__, "_recorders": None, "_side": None, "_compiled_call_impl": None}
 
 
 class _AllInputs(NamedTuple):
@@ -405,6 +422,14 @@ class _Run:
     home: torch.device
     dry: bool
     read: Callable[[], dict[str | None, Any]]
+
+    def both(self, side: SideStream) -> tuple[Any, Recorded]:
+        """Run the teachers on a side stream and the student beside them; what both captured can be read afterwards."""
+        with side.fork():
+            teachers = self.teachers()
+        student = self.student()
+        side.join()
+        return teachers, student
 
     def student(self) -> Recorded:
         """Run the student."""

@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from .addresses import ATTENTION_WORDS
 from .attention import MAP_WORDS, AttentionCall, AttentionRecorder, map_of
 from .diagnosis import in_reentrant_checkpoint, is_running, outermost_running, replaced, why_never_called
+from .direct_call import DirectCall, called_module
 from .errors import CaptureError, listing
 from .keeping import keep, twin_of
 from .paths import CallWrapper, Found, forward_signature, module_paths, unwrap
@@ -284,6 +285,8 @@ class _CatchesStop(CallWrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model()
         assert model is not None
+        if not is_dynamo_compiling() and all(_thread_id() != session.recorded_thread for session in self.sessions):
+            return called_module()._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         try:
             return model._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         except Stop as stop:
@@ -474,11 +477,20 @@ class _Hook(_Guarded):
 
 class _OutputHook(_Hook):
     words = ("output",)
+    direct: DirectCall | None = None
 
     def place(self, module: nn.Module) -> None:
         short = len(self.slots) == 1 and self.slots[0].plain and self.session.consumer is None
         self.only = self.slots[0] if short else None
         self.handles = [(module.register_forward_hook(self), module._forward_hooks)]
+        if module is not self.session.model:  # that one has the hooks of the root besides
+            self.direct = DirectCall.place(module, self, self.session)
+
+    def remove(self) -> None:
+        super().remove()
+        if self.direct is not None:
+            self.direct.remove()
+            self.direct = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         session = self.session

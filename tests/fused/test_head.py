@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookdistill import Capture, Distiller, Match, MatchError, losses
 from hookdistill.fused import head as fused_head
@@ -67,6 +68,48 @@ def test_values_and_gradients_are_those_of_whole_logits(softcap, bias, function,
     torch.testing.assert_close(found.total, total.detach())
     torch.testing.assert_close(found.values[:2], torch.stack([soft, hard]).detach())
     assert [tensor for tensor, _ in found.slopes] == wanted
+    for (_, slope), gradient in zip(found.slopes, expected, strict=True):
+        torch.testing.assert_close(slope, gradient)
+
+
+class CountingRows(TorchDispatchMode):
+    """Adds up the rows that matrix products with a head of ``classes`` are made for."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes, self.rows = classes, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.mm and out.shape[-1] == self.classes:
+            self.rows += out.shape[0]
+        return out
+
+
+@pytest.mark.parametrize("masked", ["none", "some", "all"])
+def test_rows_that_no_term_counts_are_left_out(masked, small_blocks):
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 5, 6, generator=draw, dtype=torch.float64).requires_grad_()
+    weight, bias = (torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in ((17, 6), (17,)))
+    theirs, labels = torch.randn(4, 5, 17, generator=draw, dtype=torch.float64), torch.randint(17, (4, 5), generator=draw)
+    masks = {"none": torch.ones(4, 5), "some": torch.rand(4, 5, generator=draw), "all": torch.zeros(4, 5)}
+    soft, hard = masks[masked] > 0.6, masks[masked] > 0.5
+    with torch.no_grad():  # what is left out may be anything
+        hidden[~hard] = torch.nan
+    identity = Head(hidden=theirs, weight=torch.eye(17, dtype=torch.float64))
+    terms = [
+        RowTerm(form=FORMS["kl"], other=identity, valid=soft, coefficient=2.0),
+        RowTerm(form=FORMS["cross_entropy"], other=labels, valid=hard, constants=(("label_smoothing", 0.0),)),
+    ]
+    with torch.no_grad(), CountingRows(17) as counting:
+        student = Head(hidden=hidden, weight=weight, bias=bias)
+        found = head_losses(HeadTask(student=student, terms=terms), block_losses, most=40, gradient=True)
+    assert counting.rows == 2 * hard.sum()  # logits of both models
+
+    logits = F.linear(torch.where(hard[..., None], hidden, 0.0), weight, bias)
+    total = 2 * losses.kl(logits, theirs, mask=soft) + losses.cross_entropy(logits, labels, mask=hard)
+    torch.testing.assert_close(found.total, total.detach())
+    expected = torch.autograd.grad(total, [hidden, weight, bias])
     for (_, slope), gradient in zip(found.slopes, expected, strict=True):
         torch.testing.assert_close(slope, gradient)
 
