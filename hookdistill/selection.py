@@ -104,6 +104,8 @@ def _first_tensor(output: Any, where: str) -> Tensor:
                 f"Choose: {names}"
             )
     for step, child in _fields(output):
+        if isinstance(child, Tensor):
+            return child
         if child is not None and any(True for _ in tensors(child)):
             return _first_tensor(child, f"{where}{step}")
     raise CaptureError(f"{where} holds no tensor: it is {describe(output)}")

@@ -499,12 +499,13 @@ class _OutputHook(_Hook):
             # What hears(), offer() and keep() do, without the calls: this runs at every captured module of every forward.
             if _thread_id() != session.recorded_thread or _graph_task_id() != -1:
                 return
-            if slot is not None and not slot.calls and type(output) is Tensor and (not session.grad or _is_grad_enabled()):
+            first = output[0] if type(output) is tuple and output else output
+            if slot is not None and not slot.calls and type(first) is Tensor and (not session.grad or _is_grad_enabled()):
                 slot.calls = 1
                 try:
-                    slot.kept = (output, None, twin_of(output))
+                    slot.kept = (first, None, twin_of(first))
                 except RuntimeError:
-                    slot.kept = keep(output)
+                    slot.kept = keep(first)
                 session.remaining -= 1
                 if session.stop:
                     session.maybe_stop()

@@ -208,7 +208,7 @@ def onednn_takes(*tensors: Tensor | None) -> bool:
     A few hundred rows of float32 times 30522 x 768 weights took it 0.5 to 0.7 of the time of the BLAS behind ``torch.mm``.
     """
     return (
-        torch.backends.mkldnn.is_available()
+        bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
         and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and all(t is None or (t.device.type == "cpu" and t.dtype is torch.float32 and t.is_contiguous()) for t in tensors)
