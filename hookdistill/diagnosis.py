@@ -7,24 +7,22 @@ import threading
 from collections.abc import Container, Iterator
 from types import FrameType
 
+import torch
 from torch import nn
 
-from .direct_call import DIRECT
+from .direct_call import called_in
 from .paths import Found, is_compiled, module_at, module_paths, unwrap
 
 
 def _running() -> Iterator[tuple[FrameType, nn.Module]]:
     """The module calls on this thread's stack, innermost first."""
     frame: FrameType | None = sys._getframe(1)
-    passed_on = False
+    passed_on = None
     while frame is not None:
-        code = frame.f_code
-        if code is DIRECT:
-            if not passed_on:
-                yield frame, frame.f_locals["self"].module
-        elif code.co_name == "_call_impl" and isinstance(module := frame.f_locals.get("self"), nn.Module):
+        module = called_in(frame)
+        if module is not None and module is not passed_on:
             yield frame, module
-        passed_on = code.co_name == "_call_impl"
+        passed_on = module  # a direct call may leave it to torch's, in the frame just inside
         frame = frame.f_back
 
 
@@ -43,6 +41,8 @@ def is_running(roots: Container[int], *, besides: nn.Module) -> bool:
 
 def in_reentrant_checkpoint() -> bool:
     """Whether the code runs inside the forward of a ``use_reentrant=True`` checkpoint."""
+    if torch._C._is_fwd_grad_enabled():  # which it is not inside the forward of any autograd.Function
+        return False
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -82,8 +82,6 @@ def replaced(model: nn.Module, found: Found) -> str | None:
 
 
 def _script(model: nn.Module, found: Found, module: nn.Module) -> str:
-    import torch
-
     paths = module_paths(model)
     above = [found.path.rsplit(".", cut)[0] for cut in range(1, found.path.count(".") + 1)] + [""]
     if any(isinstance(paths.get(path), torch.jit.ScriptModule) for path in above):

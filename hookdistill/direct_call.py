@@ -1,10 +1,11 @@
-"""Calls of a module whose only hook is a capture's, without the detour that torch takes as soon as there is any hook."""
+"""Calls of a module whose only hooks are a capture's, without the detour that torch takes as soon as there is any hook."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from threading import get_ident
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -28,27 +29,38 @@ class Recording(Protocol):
 class DirectCall(CallWrapper):
     """Stands in the attribute of one module that ``Module.compile()`` uses, which ``__call__`` goes through.
 
-    With hooks on it ``Module._call_impl`` takes some microseconds, more than a capture. This calls ``forward`` and then the
-    hook, wherever ``_call_impl`` would do just that, and leaves everything else to it. The hook stays registered: it is what
+    With hooks on it ``Module._call_impl`` takes some microseconds, more than a capture. This calls ``forward`` and the hooks,
+    wherever ``_call_impl`` would do just that, and leaves everything else to it. The hooks stay registered: they are what
     others see, and what torch.compile finds, and who takes this attribute away.
+
+    Args:
+        module: the one to call.
+        hook: the only one behind it.
+        session: of the capture that both belong to.
+        before: the only one in front of it; then ``hook`` is called after an exception too.
     """
 
-    __slots__ = ("before", "before_backward", "behind", "behind_backward", "hook", "module", "session")
+    __slots__ = ("back", "backward", "before", "front", "hook", "module", "session")
 
-    def __init__(self, module: nn.Module, hook: Callable[[nn.Module, Any, Any], None], session: Recording) -> None:
-        self.module, self.hook, self.session = module, hook, session
-        self.before, self.behind = module._forward_pre_hooks, module._forward_hooks
-        self.before_backward, self.behind_backward = module._backward_pre_hooks, module._backward_hooks
+    def __init__(
+        self,
+        module: nn.Module,
+        hook: Callable[[nn.Module, Any, Any], None],
+        session: Recording,
+        before: Callable[[nn.Module, Any], None] | None = None,
+    ) -> None:
+        self.module, self.hook, self.session, self.before = module, hook, session, before
+        self.front, self.back = module._forward_pre_hooks, module._forward_hooks
+        self.backward = (module._backward_pre_hooks, module._backward_hooks)
 
-    @staticmethod
-    def place(module: nn.Module, hook: Callable[[nn.Module, Any, Any], None], session: Recording) -> DirectCall | None:
-        """Put one on ``module``, where the call is torch's own and nothing else stands."""
+    def place(self) -> DirectCall | None:
+        """Put it on its module, where the call is torch's own and nothing else stands; ``None`` elsewhere."""
+        module = self.module
         own = type(module)._call_impl is not nn.Module._call_impl or "_call_impl" in module.__dict__
         if own or module._compiled_call_impl is not None:
             return None
-        placed = DirectCall(module, hook, session)
-        module._compiled_call_impl = placed
-        return placed
+        module._compiled_call_impl = self
+        return self
 
     def remove(self) -> None:
         """Take it away, if it is still there."""
@@ -60,25 +72,42 @@ class DirectCall(CallWrapper):
             return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
         if get_ident() != self.session.recorded_thread:
             return called_module()._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        module, before = self.module, self.before
+        before_backward, behind_backward = self.backward
         if (
-            len(self.behind) != 1
-            or self.before
-            or self.behind_backward
-            or self.before_backward
+            len(self.back) != 1
+            or len(self.front) != (before is not None)
+            or behind_backward
+            or before_backward
             or _any_after
             or _any_before
             or _any_backward
             or _any_before_backward
             or _is_tracing()
         ):
-            return self.module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-        output = self.module.forward(*args, **kwargs)
-        self.hook(self.module, args, output)
+            return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if before is None:
+            output = module.forward(*args, **kwargs)
+        else:
+            before(module, args)
+            try:
+                output = module.forward(*args, **kwargs)
+            except Exception:
+                self.hook(module, args, None)
+                raise
+        self.hook(module, args, output)
         return output
 
 
-DIRECT = DirectCall.__call__.__code__
-"""What runs in the frame of a direct call, in place of ``Module._call_impl``."""
+_DIRECT = DirectCall.__call__.__code__
+
+
+def called_in(frame: FrameType) -> nn.Module | None:
+    """The module that the frame is a call of, torch's way or directly."""
+    caller = frame.f_locals.get("self") if frame.f_code is _DIRECT or frame.f_code.co_name == "_call_impl" else None
+    if isinstance(caller, DirectCall):
+        return caller.module
+    return caller if isinstance(caller, nn.Module) else None
 
 
 def called_module() -> nn.Module:

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from .addresses import ATTENTION_WORDS
 from .attention import MAP_WORDS, AttentionCall, AttentionRecorder, map_of
 from .diagnosis import in_reentrant_checkpoint, is_running, outermost_running, replaced, why_never_called
-from .direct_call import DirectCall, called_module
+from .direct_call import DirectCall, called_in, called_module
 from .errors import CaptureError, listing
 from .keeping import keep, twin_of
 from .paths import CallWrapper, Found, forward_signature, module_paths, unwrap
@@ -341,10 +341,12 @@ class _Root:
 
     def __init__(self, session: Session, module: nn.Module) -> None:
         self.session = session
-        self.begins = module.register_forward_pre_hook(_ForwardBegins(session))
-        self.ends = module.register_forward_hook(_ForwardEnds(session), always_call=True)
+        begins, ends = _ForwardBegins(session), _ForwardEnds(session)
+        self.begins = module.register_forward_pre_hook(begins)
+        self.ends = module.register_forward_hook(ends, always_call=True)
         self.line: Any = module._forward_hooks
         self.number = self.ends.id
+        self.direct = None if session.stop else DirectCall(module, ends, session, begins).place()
 
     def prepare(self) -> None:
         if _overtaken(self.line, self.number, self.session):
@@ -353,6 +355,9 @@ class _Root:
     def remove(self) -> None:
         self.begins.remove()
         self.ends.remove()
+        if self.direct is not None:
+            self.direct.remove()
+            self.direct = None
 
 
 class _ForwardBegins(_Guarded):
@@ -381,8 +386,7 @@ def _is_raising(module: nn.Module) -> bool:
     """Whether ``module``'s call is being left by an exception (then torch calls our hook while it handles that)."""
     trace = getattr(sys.exc_info()[1], "__traceback__", None)
     while trace is not None:
-        frame = trace.tb_frame
-        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
+        if called_in(trace.tb_frame) is module:
             return True
         trace = trace.tb_next
     return False
@@ -484,7 +488,7 @@ class _OutputHook(_Hook):
         self.only = self.slots[0] if short else None
         self.handles = [(module.register_forward_hook(self), module._forward_hooks)]
         if module is not self.session.model:  # that one has the hooks of the root besides
-            self.direct = DirectCall.place(module, self, self.session)
+            self.direct = DirectCall(module, self, self.session).place()
 
     def remove(self) -> None:
         super().remove()

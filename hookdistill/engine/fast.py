@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ..attention import AttentionCall, hidden_at
 from ..errors import MatchError
-from ..fused.attention import AttentionTask, Heads, Kind, attention_losses
-from ..fused.compiler import compiled_block, compiler_available
+from ..fused.attention import MAP_BLOCK, AttentionTask, Heads, Kind, attention_losses
+from ..fused.compiler import compiled_block, compiled_scores, compiler_available
 from ..fused.forms import FORMS
 from ..fused.head import Head, HeadTask, head_losses
 from ..fused.relations import RelationTask, relation_losses
 from ..fused.rows import RowLosses, RowTask, RowTerm, block_losses, run_rows
+from ..fused.scores import score_loss
 from ..kernels.availability import unavailable, unsuited
 from ..losses.reduction import fit_mask
 from ..losses.registry import LossSpec, registered_losses
@@ -34,6 +35,8 @@ COMPILED_CHUNK = 1 << 21
 30,522 classes took 1.6 times as long with twice as many, 1.3 times with an eighth."""
 HEAD_CHUNK = 1 << 20
 """The same within a block of logits that is in memory already."""
+COMPILED_MAP_BLOCK = 1 << 18
+"""Entries of a block of a map, compiled."""
 WHOLE = 1 << 62
 """For kernels, which take a block of logits as it is."""
 TOGETHER_BELOW = 8 << 20
@@ -298,7 +301,9 @@ def choose(task: Task, impl: str) -> Choice:
         unfit = unsuited(task) if kernels and missing is None else missing and f"Triton {missing}"
         if kernels and unfit is None:
             return Choice("triton", "no map")
-        return Choice("chunked", "no map" + (f"; {unfit}" if unfit else ""))
+        pays = impl == "compiled" or _map_entries(task) >= COMPILED_FROM
+        implementation = "compiled" if device.type == "cpu" and pays and compiler_available() else "chunked"
+        return Choice(implementation, "no map" + (f"; {unfit}" if unfit else ""))
     reason = "head and loss in one" if isinstance(task, HeadTask) else ""
     if kernels and missing is None:
         unfit = unsuited(task) if isinstance(task, RowTask) else _double(task.student)
@@ -312,6 +317,12 @@ def choose(task: Task, impl: str) -> Choice:
     if impl == "compiled" or task.student.shape.numel() >= COMPILED_FROM:
         return Choice("compiled", reason)
     return Choice("chunked", reason or "small")
+
+
+def _map_entries(task: AttentionTask | RelationTask) -> int:
+    if isinstance(task, RelationTask):
+        return task.student.shape[0] * task.heads * task.student.shape[2] ** 2
+    return task.student.query.shape[:3].numel() * task.student.key.shape[2]
 
 
 def _double(head: Head) -> str | None:
@@ -328,13 +339,15 @@ def run(task: Task, choice: Choice, *, gradient: bool) -> Computed:
     """Compute a task. Without gradients, as in an evaluation, nothing is worth a compilation of its own."""
     with _plainly():
         kernels = choice.implementation == "triton"
+        compiled = choice.implementation == "compiled" and gradient
+        scores, most = (compiled_scores, COMPILED_MAP_BLOCK) if compiled else (score_loss, MAP_BLOCK)
         if isinstance(task, AttentionTask):
             if kernels:
                 from ..kernels.attention import attention_losses_triton
 
                 attention = attention_losses_triton(task, gradient=gradient)
             else:
-                attention = attention_losses(task, gradient=gradient)
+                attention = attention_losses(task, gradient=gradient, most=most, function=scores)
             slopes = ((task.student.query, attention.query), (task.student.key, attention.key))
             return Computed([attention.value], attention.total, [(to, slope) for to, slope in slopes if slope is not None])
         if isinstance(task, RelationTask):
@@ -343,10 +356,9 @@ def run(task: Task, choice: Choice, *, gradient: bool) -> Computed:
 
                 relation = relation_losses_triton(task, gradient=gradient)
             else:
-                relation = relation_losses(task, gradient=gradient)
+                relation = relation_losses(task, gradient=gradient, most=most, function=scores)
             found = [] if relation.gradient is None else [(task.student, relation.gradient)]
             return Computed([relation.value], relation.total, found)
-        compiled = choice.implementation == "compiled" and gradient
         if isinstance(task, HeadTask):
             block, most = (compiled_block, HEAD_CHUNK) if compiled else (block_losses, CHUNK)
             if kernels:

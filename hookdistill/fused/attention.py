@@ -2,7 +2,7 @@
 
 A block is some heads and queries of one example against all keys. Its scores are made by a matrix product for each model,
 turned into a loss and into the gradient of the student's scores in place, and the gradient goes back into queries and keys by
-two more products. `score_loss` is what happens between; relations (`relations`) use it too.
+two more products. What happens between is `scores.score_loss`.
 
 Letters: B batch, H query heads, G key heads (H, or fewer if grouped), Q queries, K keys, D width of a head.
 """
@@ -19,14 +19,10 @@ from torch import Tensor
 
 from ..losses.reduction import working_dtype
 from .rows import gradient_dtype
+from .scores import ScoreFunction, Scores, score_count, score_loss
 
 Kind = Literal["kl", "mse", "scores mse"]
-Between = Literal["kl", "mse", "scores mse", "relation kl"]
-"""The losses between scores. ``relation kl`` is of log-probabilities; ``kl``, of probabilities, takes the log of the smallest
-normal number for that of anything smaller."""
 
-HIDDEN = torch.finfo(torch.float16).min
-"""Scores at and below this are hidden by a mask: -65504, as in ``losses.attention_mse``."""
 MAP_BLOCK = 1 << 18
 """Entries of a block of a map: a megabyte in float32, which stays in the cache."""
 
@@ -84,7 +80,9 @@ class AttentionLosses:
     key: Tensor | None
 
 
-def attention_losses(task: AttentionTask, *, gradient: bool, most: int = MAP_BLOCK) -> AttentionLosses:
+def attention_losses(
+    task: AttentionTask, *, gradient: bool, most: int = MAP_BLOCK, function: ScoreFunction = score_loss
+) -> AttentionLosses:
     """Value and gradient, by blocks of at most ``most`` entries of a map (but at least one row of it)."""
     ours, theirs = task.student, task.teacher
     dtype = working_dtype(ours.query, theirs.query)
@@ -99,9 +97,9 @@ def attention_losses(task: AttentionTask, *, gradient: bool, most: int = MAP_BLO
         s, our_query, our_key = _scores(ours, b, h, q, dtype)
         t, _, _ = _scores(theirs, b, h, q, dtype)
         valid = None if task.valid is None else _valid(task.valid, b, h, q)
-        part, number, slope = score_loss(task.kind, s, t, valid, ours.never, theirs.never, gradient=gradient)
+        count += score_count(task.kind, s, t, valid)
+        part, slope = function(Scores(task.kind, ours.never, theirs.never), s, t, valid, gradient)
         value += part
-        count += number
         if by_query is not None and by_key is not None and slope is not None:
             slope *= ours.scale
             by_query[b, h, q] = slope @ our_key
@@ -117,50 +115,6 @@ def attention_losses(task: AttentionTask, *, gradient: bool, most: int = MAP_BLO
         None if by_query is None else by_query.to(gradient_dtype(ours.query)),
         None if by_key is None else by_key.to(gradient_dtype(ours.key)),
     )
-
-
-def score_loss(
-    kind: Between, s: Tensor, t: Tensor, valid: Tensor | None, our_never: float, their_never: float, *, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The sum of a loss over scores ``[heads, queries, keys]``, how many it is of, and its gradient by ``s``.
-
-    Overwrites ``s`` and ``t``. ``valid`` broadcasts to them.
-    """
-    if kind == "scores mse":
-        counts = (s > HIDDEN) | (t > HIDDEN)
-        if valid is not None:
-            counts &= valid
-        d = s.sub_(t).masked_fill_(~counts, 0)
-        return d.square().sum(), counts.sum(), d.mul_(2) if gradient else None
-    log_q, log_p = _log_softmax(s, our_never), _log_softmax(t, their_never)
-    q, p = log_q.exp(), log_p.exp()
-    if kind == "mse":
-        d = q - p
-        if valid is not None:
-            d = d.masked_fill_(~valid, 0)
-        number = torch.tensor(float(d.numel())) if valid is None else valid.expand_as(d).sum()
-        total = d.square().sum()
-        if not gradient:
-            return total, number, None
-        pull = d.mul_(2).mul_(q)
-        return total, number, pull - q.mul_(pull.sum(-1, keepdim=True))
-    if valid is not None:
-        p = p.masked_fill_(~valid, 0)
-        queries = valid.any(-1)
-        number = queries.expand(p.shape[:-1]).sum()
-    else:
-        number = torch.tensor(float(p.shape[0] * p.shape[1]))
-    if kind == "relation kl":
-        total = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0).sum()
-        return total, number, q.mul_(p.sum(-1, keepdim=True)).sub_(p) if gradient else None
-    least = math.log(torch.finfo(s.dtype).tiny)
-    alive = log_q >= least
-    # What either side hides has a log of -inf: bounded, it costs nothing where p is zero.
-    total = (log_p.clamp_min_(least) - log_q.clamp_min_(least)).mul_(p).sum()
-    if not gradient:
-        return total, number, None
-    p = p.masked_fill_(~alive, 0)
-    return total, number, q.mul_(p.sum(-1, keepdim=True)).sub_(p)
 
 
 def map_blocks(counted: Sequence[tuple[int, int]], heads: int, keys: int, most: int) -> Iterator[tuple[int, slice, slice]]:
@@ -224,14 +178,6 @@ def _valid(valid: Tensor, b: int, h: slice, q: slice) -> Tensor:
     if valid.ndim == 2:  # of tokens
         return (valid[b, q].unsqueeze(-1) & valid[b]).unsqueeze(0)
     return _part(valid, b, h, q)
-
-
-def _log_softmax(scores: Tensor, never: float) -> Tensor:
-    """In place; -inf in rows that hide every key."""
-    most = scores.amax(-1, keepdim=True)
-    lost = most <= never
-    scores.sub_(torch.where(lost, 0, most)).masked_fill_(lost, 0)
-    return scores.sub_(scores.exp().sum(-1, keepdim=True).log_()).masked_fill_(lost, -math.inf)
 
 
 def _add_keys(by_key: Tensor, h: slice, groups: int, slopes: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Blocks of rows through Inductor: one compilation for each program, whatever the number of rows.
+"""Blocks through Inductor: one compilation for each program, whatever the number of rows.
 
-The block function is traced with ``make_fx`` for a symbolic number of rows and handed to Inductor as a graph. That goes round
+Its function is traced with ``make_fx`` for a symbolic number of rows and handed to Inductor as a graph. That goes round
 ``torch.compile``, whose guards would be checked at every call and whose limit of recompilations is shared by all programs.
 """
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .rows import Program, block_losses
+from .scores import Scores, score_loss
 
-Compiled = Callable[..., Tensor]
+Compiled = Callable[..., Any]
 
 _compiled: dict[tuple[Any, ...], Compiled | None] = {}
 
@@ -53,7 +54,8 @@ def compiled_block(
     function = _compiled[key]
     if function is None:
         return block_losses(program, student, others, weights, scalars, gradient)
-    return function(*tensors)
+    value: Tensor = function(*tensors)
+    return value
 
 
 def _compile(program: Program, others: int, weights: int, tensors: Sequence[Tensor]) -> Compiled | None:
@@ -62,19 +64,47 @@ def _compile(program: Program, others: int, weights: int, tensors: Sequence[Tens
         shares, (scalars, *gradient) = rest[:weights], rest[weights:]
         return block_losses(program, student, theirs, shares, scalars, gradient[0] if gradient else None)
 
+    varying = [1] * len(tensors)
+    varying[1 + others + weights] = 0  # the scalars
+    return _or_none(lambda: _inductor(block, tensors, varying))
+
+
+def compiled_scores(scores: Scores, s: Tensor, t: Tensor, valid: Tensor | None, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """`score_loss`, compiled the first time that its like is seen; as it stands where it cannot be compiled."""
+    if s.shape[-1] < 2 or s.shape[:-1].numel() < 2:
+        return score_loss(scores, s, t, valid, gradient)
+    tensors = [
+        each.reshape(-1, s.shape[-1]).contiguous() for each in (s, t, *([] if valid is None else [valid.expand(s.shape)]))
+    ]
+    key = (scores, gradient, *((tensor.dtype, tensor.device) for tensor in tensors))
+    if key not in _compiled:
+
+        def loss(s: Tensor, t: Tensor, *valid: Tensor) -> tuple[Tensor, ...]:
+            value, slope = score_loss(scores, s.clone(), t.clone(), valid[0] if valid else None, gradient)
+            return (value,) if slope is None else (value, slope)
+
+        _compiled[key] = _or_none(lambda: _inductor(loss, tensors, [2] * len(tensors)))
+    function = _compiled[key]
+    if function is None:
+        return score_loss(scores, s, t, valid, gradient)
+    value, *slope = function(*tensors)
+    return value, slope[0].view(s.shape) if slope else None
+
+
+def _or_none(compiling: Callable[[], Compiled]) -> Compiled | None:
     try:
-        return _inductor(block, tensors, scalars=1 + others + weights)
+        return compiling()
     except Exception as error:
         warnings.warn(
             f"Inductor could not compile a loss, which runs uncompiled now and slower: {type(error).__name__}: "
             f"{str(error).splitlines()[0]}. impl='eager' avoids this",
-            stacklevel=2,
+            stacklevel=3,
         )
         return None
 
 
-def _inductor(function: Callable[..., Tensor], tensors: Sequence[Tensor], *, scalars: int) -> Compiled:
-    """Compile for any number of rows: the first dimension of all tensors but number ``scalars``."""
+def _inductor(function: Callable[..., Any], tensors: Sequence[Tensor], varying: Sequence[int]) -> Compiled:
+    """Compile for any sizes of as many first dimensions of each tensor as ``varying`` says."""
     import torch._inductor as inductor
     from torch._dynamo.source import ConstantSource
     from torch._inductor import config
@@ -85,14 +115,15 @@ def _inductor(function: Callable[..., Tensor], tensors: Sequence[Tensor], *, sca
     mode = FakeTensorMode(shape_env=ShapeEnv())
 
     def fake(number: int, tensor: Tensor) -> Tensor:
-        rows = DimDynamic.STATIC if number == scalars else DimDynamic.DYNAMIC
-        sizes = [rows, *[DimDynamic.STATIC] * (tensor.dim() - 1)]
+        sizes = [DimDynamic.DYNAMIC] * varying[number] + [DimDynamic.STATIC] * (tensor.dim() - varying[number])
         context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=sizes)
         return mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(f"tensor_{number}"))
 
     fakes = [fake(number, tensor) for number, tensor in enumerate(tensors)]
     with torch.no_grad(), config.patch(compile_threads=1), mode:
         graph = make_fx(function)(*fakes)
-        if not isinstance(fakes[0].shape[0], torch.SymInt) or fakes[0].shape[0].node.maybe_as_int() is not None:
-            raise RuntimeError("the number of rows was taken for a constant")
-        return inductor.compile(graph, fakes)
+        sizes = fakes[0].shape[: varying[0]]
+        if any(not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None for size in sizes):
+            raise RuntimeError("a size was taken for a constant")
+        compiled: Compiled = inductor.compile(graph, list(fakes))
+        return compiled

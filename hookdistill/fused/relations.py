@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..losses.reduction import working_dtype
-from .attention import MAP_BLOCK, map_blocks, queries_that_count, score_loss
+from .attention import MAP_BLOCK, map_blocks, queries_that_count
 from .rows import gradient_dtype
+from .scores import ScoreFunction, Scores, score_loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -43,7 +44,9 @@ class RelationLosses:
     gradient: Tensor | None
 
 
-def relation_losses(task: RelationTask, *, gradient: bool, most: int = MAP_BLOCK) -> RelationLosses:
+def relation_losses(
+    task: RelationTask, *, gradient: bool, most: int = MAP_BLOCK, function: ScoreFunction = score_loss
+) -> RelationLosses:
     """Value and gradient, by blocks of at most ``most`` entries of a relation (but at least one row of it)."""
     dtype = working_dtype(task.student, task.teacher)
     student, teacher = task.student.detach(), task.teacher
@@ -60,7 +63,7 @@ def relation_losses(task: RelationTask, *, gradient: bool, most: int = MAP_BLOCK
         for _, h, q in map_blocks(counted, task.heads, tokens, most):
             s, t = (_scores(side, h, q, valid) for side in (ours, theirs))
             rows = None if valid is None else (valid[q].unsqueeze(-1) & valid).unsqueeze(0)
-            part, _, slope = score_loss("relation kl", s, t, rows, -math.inf, -math.inf, gradient=gradient)
+            part, slope = function(Scores("relation kl", -math.inf, -math.inf), s, t, rows, gradient)
             value += part
             if by_token is not None and slope is not None:
                 if rows is not None:

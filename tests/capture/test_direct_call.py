@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from hookdistill import Capture
+from hookdistill import Capture, CaptureError
 
 # dynamo looks at every tensor it meets, also at those with a graph behind them
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -44,11 +44,11 @@ def placed(module):
     return module.__dict__.get("_compiled_call_impl")
 
 
-def test_only_captured_modules_are_called_directly(usual_calls):
+def test_the_model_and_captured_modules_are_called_directly(usual_calls):
     model = Halves()
     with Capture(model, ["first"]) as captured:
         out = model(X)
-    assert usual_calls == [model, model.second]
+    assert usual_calls == [model.second]
     assert torch.equal(captured["first"]["output"], model.first(X)) and torch.equal(out, model(X))
 
 
@@ -105,8 +105,26 @@ def test_two_captures_of_one_module():
 def test_nothing_is_left_when_the_capture_is_closed():
     model = Halves()
     with Capture(model, ["first"]):
-        assert placed(model.first)
-    assert not placed(model.first)
+        assert placed(model) and placed(model.first)
+    assert not placed(model) and not placed(model.first)
+
+
+def test_a_forward_that_fails_is_one_that_failed():
+    class Fails(Halves):
+        def forward(self, x):
+            if x is None:
+                raise ValueError("no input")
+            return super().forward(x)
+
+    model = Fails()
+    with Capture(model, ["first"]) as captured:
+        model(X)
+        with pytest.raises(ValueError, match="no input"):
+            model(None)
+        with pytest.raises(CaptureError, match="raised an exception"):
+            captured["first"]["output"]
+        model(2 * X)
+        assert torch.equal(captured["first"]["output"], model.first(2 * X))
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

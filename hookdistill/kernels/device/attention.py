@@ -17,7 +17,7 @@ the queries for each block of keys, of all heads that share them: the gradient b
 import triton
 import triton.language as tl
 
-from ...fused.attention import HIDDEN as NO_SCORE
+from ...fused.scores import HIDDEN as NO_SCORE
 from .. import maps
 from .maps import (
     begin,
