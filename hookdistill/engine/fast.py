@@ -36,8 +36,8 @@ COMPILED_CHUNK = 1 << 21
 HEAD_CHUNK = 1 << 20
 """The same within a block of logits that is in memory already."""
 COMPILED_MAP_BLOCK = 1 << 19
-"""Entries of a block of a map for compiled losses. KL of attention over 512 keys took 1.7 times as long with an eighth, 1.2 times
-with four times as many."""
+"""Entries of a block of a map for compiled losses. KL of attention over 512 keys took 1.7 times as long with an eighth, and 1.2
+times with four times as many."""
 WHOLE = 1 << 62
 """For kernels, which take a block of logits as it is."""
 TOGETHER_BELOW = 8 << 20
