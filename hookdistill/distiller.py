@@ -427,8 +427,10 @@ class _Run:
         """Run the teachers on a side stream and the student beside them; what both captured can be read afterwards."""
         with side.fork():
             teachers = self.teachers()
-        student = self.student()
-        side.join()
+        try:
+            student = self.student()
+        finally:
+            side.join()
         return teachers, student
 
     def student(self) -> Recorded:

@@ -137,6 +137,16 @@ def test_what_a_failed_teacher_has_queued_is_waited_for(streams):
     del distiller
 
 
+def test_a_teacher_is_waited_for_also_when_the_student_fails(streams):
+    teacher, student = pair()
+    distiller = noting(streams, teacher, student, order="overlapped")
+    handle = student[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        distiller(BATCH)
+    handle.remove()
+    assert streams.noted == OVERLAPPED
+
+
 def test_on_the_cpu_it_is_teacher_first():
     assert_same(
         outcome(Distiller(*pair(), MATCHES, order="overlapped")), outcome(Distiller(*pair(), MATCHES, order="teacher first"))

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .rows import BlockFunction, RowTerm, blocks, gradient_dtype, layout_of
 
-HEAD_BLOCK = 1 << 23
-"""Logits of a block, of each model: 32 MiB in float32. Below some hundred rows the weights are read too often."""
+HEAD_BLOCK = 1 << 22
+"""Logits of a block, of each model: 16 MiB in float32."""
 FEWEST_ROWS = 128
 
 
