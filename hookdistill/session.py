@@ -336,6 +336,11 @@ def _overtaken(line: Mapping[int, Any], own: int, session: Session | None = None
     return False
 
 
+def _move_to_end(line: dict[int, Any], number: int) -> None:
+    """Not ``OrderedDict.move_to_end``: it leaves the order of the dict beneath, by which dynamo in torch 2.11 numbers hooks."""
+    line[number] = line.pop(number)
+
+
 class _Root:
     """Takes calls of a module for forwards of the model: a hook in front, and one behind every other hook."""
 
@@ -350,7 +355,7 @@ class _Root:
 
     def prepare(self) -> None:
         if _overtaken(self.line, self.number, self.session):
-            self.line.move_to_end(self.number)
+            _move_to_end(self.line, self.number)
 
     def remove(self) -> None:
         self.begins.remove()
@@ -430,7 +435,7 @@ class _Hook(_Guarded):
         self.late = False
         for handle, line in self.handles:
             if _overtaken(line, handle.id):
-                line.move_to_end(handle.id)
+                _move_to_end(line, handle.id)
                 self.late = self.in_front and self.module is begun
 
     def remove(self) -> None:

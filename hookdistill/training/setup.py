@@ -212,9 +212,11 @@ def refuse_deepspeed(accelerator: Accelerator) -> None:
     """Raise where accelerate drives an engine that this trainer does not know."""
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        own = " DeepSpeed's engine takes the distiller as its model, in a loop of your own: see docs/training.md."
         raise TrainerError(
             f"accelerate is set to {kind}, which this trainer does not drive; it runs on one device, DDP and FSDP2. For "
-            "sharding choose fsdp_version: 2 in `accelerate config`, or call fully_shard on the models yourself"
+            "sharding choose fsdp_version: 2 in `accelerate config`, or call fully_shard on the models yourself."
+            + (own if kind == "DEEPSPEED" else "")
         )
 
 
