@@ -1,5 +1,11 @@
 """What only a real device can show. The cases, too, run on it where there is one."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -163,3 +169,21 @@ def test_vocabularies_in_use(classes):
         target = labels(8, classes=classes, device="cuda")
         for names in (["kl", "cross_entropy"], ["reverse_kl"], ["js"], ["skew_kl"], ["tvd"], LOGITS):
             check(RowTask(student=student, terms=terms(names, teacher, target, temperature=2.0)))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer of the CUDA toolkit is not installed")
+def test_the_sanitizer_finds_nothing(tool):
+    """Out of bounds, races, barriers that not all threads reach: on cases of each kernel, without the caching allocator, which
+    would hide a read behind the end of a tensor."""
+    cases = Path(__file__).parent / "cases"
+    files = [cases / f"test_{name}.py" for name in ("features", "distributions", "attention", "relations")]
+    run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "float32 or bfloat16", "--maxfail=1"]
+    done = subprocess.run(
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", "--target-processes", "all", *run, *map(str, files)],
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
