@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .paths import module_paths
 
@@ -38,6 +40,34 @@ def like(tensor: Tensor, reference: Tensor) -> Tensor:
 
     assert isinstance(reference, DTensor)
     return distribute_tensor(tensor.to(reference.dtype), reference.device_mesh, reference.placements)
+
+
+def gathered(tree: Any, keep: bool) -> Any:
+    """The tree with every sharded tensor as a whole, for the process that keeps it; every process has to ask."""
+    if isinstance(tree, Tensor):
+        return tree if not hasattr(tree, "full_tensor") else kept(whole(tree), keep)
+    if isinstance(tree, dict):
+        return {key: gathered(value, keep) for key, value in tree.items()}
+    return [gathered(value, keep) for value in tree] if isinstance(tree, list) else tree
+
+
+def kept(tensor: Tensor, keep: bool) -> Tensor:
+    """The tensor on the CPU for the process that keeps it, nothing for the others."""
+    return tensor.cpu() if keep else torch.empty(0)
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load a whole state into an optimizer, of whose parameters some may be sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        if number in state["state"]:
+            values = state["state"][number]
+            state["state"][number] = {
+                name: like(value, parameter) if isinstance(value, Tensor) and hasattr(parameter, "full_tensor") else value
+                for name, value in values.items()
+            }
+    optimizer.load_state_dict(state)
 
 
 def gather_for_backward(model: nn.Module, captured: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -23,13 +23,12 @@ from ..optimization import make_optimizer, make_scheduler
 from ..randomness import set_random_state, set_seed
 from ..report import write_report
 from ..running import undisturbed
-from ..sharding import average_plain_gradients, is_sharded
 from . import resume as states
 from .agreement import Agreement, weighted
 from .checkpoints import find_checkpoint, make_way, save_checkpoint, tidy
 from .describe import describe
 from .faults import not_finite, out_of_memory, teachers_of, too_many_skipped
-from .gradients import gradient_norm, norms_by_match
+from .gradients import norms_by_match
 from .interruption import Interruption, exit_code
 from .layers import record_similarity
 from .log import Log, write_run
@@ -43,10 +42,10 @@ from .setup import (
     compiling,
     in_training,
     place,
-    prepare,
     refuse_deepspeed,
     reproducible,
 )
+from .strategies import Strategy
 from .students import Students
 from .trainer import TrainResult
 
@@ -70,21 +69,27 @@ def train(settings: Trainer, resume: bool | str | os.PathLike[str]) -> TrainResu
         stack.enter_context(in_training(distiller))
         stack.enter_context(checkpointing(distiller.student, settings.gradient_checkpointing))
         stack.enter_context(compiling(distiller, settings.compile, settings.compile_options))
-        run = Run(settings, accelerator, interruption, resume if isinstance(resume, bool) else Path(resume))
+        run = Run(settings, accelerator, interruption, resume if isinstance(resume, bool) else Path(resume), stack)
         with run.bar:
-            try:
-                return run.to_the_end()
-            finally:
-                run.close()
+            return run.to_the_end()
 
 
 class Run:
-    """What one training needs, made ready for the accelerator, and how far it has come."""
+    """What one training needs, made ready for the accelerator, and how far it has come.
+
+    Args:
+        stack: gets what is to be let go of at the end.
+    """
 
     def __init__(
-        self, settings: Trainer, accelerator: Accelerator, interruption: Interruption, resume: bool | str | Path
+        self,
+        settings: Trainer,
+        accelerator: Accelerator,
+        interruption: Interruption,
+        resume: bool | str | Path,
+        stack: contextlib.ExitStack,
     ) -> None:
-        self.settings, self.accelerator, self.interruption = settings, accelerator, interruption
+        self.settings, self.accelerator, self.interruption, self.stack = settings, accelerator, interruption, stack
         self.started, self.earlier_seconds = time.perf_counter(), 0.0
         self.folder = Path(settings.output_dir) if settings.output_dir is not None else None
         self.checkpoints = None if self.folder is None else self.folder / "checkpoints"
@@ -119,11 +124,12 @@ class Run:
         )
         self.scheduler = make_scheduler(settings.scheduler, self.torch_optimizer, self.total, warmup=settings.warmup)
         check_precision(distiller, accelerator)
-        self.sharded_by_user = is_sharded(distiller)
-        self.model, self.optimizer = prepare(distiller, self.torch_optimizer, accelerator, first)
+        self.strategy = Strategy(distiller, self.torch_optimizer, accelerator, first)
+        self.stack.callback(self.strategy.close)
         self.average = average_for(settings.ema, distiller.student)
         self.balance = balance_for(settings.balance)
         self.agreement = Agreement(distiller, accelerator)
+        self.stack.callback(self.agreement.close)
 
     def _begin_counting(self) -> None:
         settings, accelerator = self.settings, self.accelerator
@@ -172,13 +178,12 @@ class Run:
             self.meter.add(where, values, rows)
             norm = self._norm()
             if self._is_taken(where, norm, group):
-                self.optimizer.step()
-                if not self.optimizer.step_was_skipped:  # as it is when fp16 overflows
+                if self.strategy.step():
                     self.scheduler.step()
                 if self.average is not None:
                     self.average.update(self.settings.distiller.student, self.step)
                 self._rebalance(values)
-            self.model.zero_grad()
+            self.strategy.zero_grad()
         self.step += 1
         self.stopping = agreed.stop
         self.bar.update()
@@ -295,12 +300,6 @@ class Run:
         self._report()
         return result
 
-    def close(self) -> None:
-        """Let go of what is outside this process."""
-        self.agreement.close()
-        for tracker in self.accelerator.trackers if self.settings.accelerator is None else ():
-            tracker.finish()
-
     @property
     def seconds(self) -> float:
         """Spent on this run so far, in this process and in those that it was resumed from."""
@@ -342,26 +341,18 @@ class Run:
             self.last_batch = batch
             rows += rows_of(batch) if number <= len(group) else 0
             batch = send_to_device(batch, device, non_blocking=True) if device.type != "cpu" else batch
-            with contextlib.nullcontext() if number == len(shares) else self._without_exchange():
-                found = self.model(batch, step=self.step, shares=weighted(share, factors))
-                # The shares are those of the whole step already; backward() divides by the number of batches once more.
-                self.accelerator.backward(found.total * self.accumulate if self.accumulate > 1 else found.total)
+            with self.strategy.batch_of_step(last=number == len(shares)):
+                found = self.strategy.model(batch, step=self.step, shares=weighted(share, factors))
+                self.strategy.backward(found.total)
             losses.add(found, share)
-        if self.sharded_by_user and self.accelerator.num_processes > 1:
-            average_plain_gradients(self.model.parameters())
+        self.strategy.after_backwards()
         return losses.result(device), rows
-
-    def _without_exchange(self) -> contextlib.AbstractContextManager[Any]:
-        """Gradients of all but the last batch of a step stay in their process; sharded ones go at once, to save memory."""
-        if self.sharded_by_user or self.accelerator.is_fsdp2:
-            return contextlib.nullcontext()
-        return self.accelerator.no_sync(self.model)  # type: ignore[no-any-return]
 
     def _norm(self) -> Tensor | None:
         """The norm of the gradient, which is clipped, where somebody needs it."""
         settings = self.settings
         wanted = settings.clip_norm is not None or settings.on_nonfinite == "skip" or self._is_logged(self.step + 1)
-        return gradient_norm(self.model.parameters(), self.accelerator, clip=settings.clip_norm) if wanted else None
+        return self.strategy.norm(clip=settings.clip_norm) if wanted else None
 
     def _is_taken(self, where: Where, norm: Tensor | None, group: list[Any]) -> bool:
         """Whether the optimizer may make the step, as far as that can be known without waiting for a device.
@@ -381,7 +372,7 @@ class Run:
         losses = found[1] if found is not None else self.meter.named(self.meter.recent[-1])
         if not skip:
             error = not_finite(where, losses, batches=group, taken=False, gradients=found is None)
-            self.model.zero_grad()
+            self.strategy.zero_grad()
             raise error
         self.meter.drop_last()
         self.skipped += 1
@@ -443,7 +434,7 @@ class Run:
             raise
         except torch.OutOfMemoryError as error:
             rows = rows_of(group[0]) if group else 0
-            raise out_of_memory(error, where, rows, self.settings.distiller, self.optimizer) from error
+            raise out_of_memory(error, where, rows, self.settings.distiller, self.torch_optimizer) from error
 
     def _is_due(self, when: Any) -> bool:
         return isinstance(when, int) and self.step % when == 0
@@ -475,6 +466,8 @@ class Run:
             self.accelerator.init_trackers(
                 settings.project, config={k: v for k, v in described["settings"].items() if v is not None}
             )
+            for tracker in self.accelerator.trackers:
+                self.stack.callback(tracker.finish)
         if self.folder is not None and self.accelerator.is_main_process:
             write_run(self.folder, described)
         self.log.event("start" if checkpoint is None else "resumed", step=self.step, checkpoint=checkpoint and str(checkpoint))

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ..distiller import Distiller
 from ..errors import CheckpointError
 from ..randomness import random_state
-from ..sharding import like, whole
+from ..sharding import gathered, like
 from .checkpoints import find_checkpoint, step_of
 from .states import check_packable, read_state, write_state
 
@@ -37,9 +35,9 @@ def collect(run: Run, position: Mapping[str, Any]) -> dict[str, Any]:
 
         ranks = gather_object(ranks)
     return {
-        "model": _gathered(dict(run.settings.distiller.state_dict()), keep),
-        "optimizer": _gathered(run.torch_optimizer.state_dict(), keep),
-        **({"average": _gathered(run.average.state_dict(), keep)} if run.average is not None else {}),
+        "model": gathered(dict(run.settings.distiller.state_dict()), keep),
+        "optimizer": run.strategy.optimizer_state(keep=keep),
+        **({"average": gathered(run.average.state_dict(), keep)} if run.average is not None else {}),
         "run": {
             "identity": identity(run),
             "progress": run.progress(),
@@ -88,7 +86,7 @@ def restore(run: Run, checkpoint: Path) -> None:
     check_identity(saved["identity"], identity(run), checkpoint)
     distiller = run.settings.distiller
     _load_model(distiller, read_state(checkpoint, "model"))
-    _load_optimizer(run.torch_optimizer, read_state(checkpoint, "optimizer"))
+    run.strategy.load_optimizer_state(read_state(checkpoint, "optimizer"))
     run.scheduler.load_state_dict(saved["scheduler"])
     if run.accelerator.scaler is not None and saved["scaler"] is not None:
         run.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -166,29 +164,3 @@ def _load_model(model: nn.Module, state: Mapping[str, Any]) -> None:
     model.load_state_dict(
         {name: like(value, own[name]) if isinstance(value, Tensor) else value for name, value in state.items()}
     )
-
-
-def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
-        if number in state["state"]:
-            values = state["state"][number]
-            state["state"][number] = {
-                name: like(value, parameter) if isinstance(value, Tensor) and hasattr(parameter, "full_tensor") else value
-                for name, value in values.items()
-            }
-    optimizer.load_state_dict(state)
-
-
-def _gathered(tree: Any, keep: bool) -> Any:
-    """The tree with every sharded tensor as a whole, for the process that keeps it."""
-    if isinstance(tree, Tensor):
-        return tree if not hasattr(tree, "full_tensor") else _kept(whole(tree), keep)
-    if isinstance(tree, dict):
-        return {key: _gathered(value, keep) for key, value in tree.items()}
-    return [_gathered(value, keep) for value in tree] if isinstance(tree, list) else tree
-
-
-def _kept(tensor: Tensor, keep: bool) -> Tensor:
-    return tensor.cpu() if keep else torch.empty(0)

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from ..distiller import Distiller
 from ..errors import TrainerError, listing
 from ..paths import is_compiled, unwrap
-from ..randomness import forked
-from ..sharding import broadcast_plain, is_sharded
+from ..sharding import is_sharded
 from .faults import teachers_of
 
 if TYPE_CHECKING:
@@ -164,36 +162,6 @@ def place(distiller: Distiller, device: torch.device, teacher_device: torch.devi
             teacher.to(device if teacher_device is None else teacher_device)
 
 
-def prepare(distiller: Distiller, optimizer: Optimizer, accelerator: Accelerator, first_batch: Any) -> tuple[nn.Module, Any]:
-    """Distiller and optimizer, ready for the accelerator: student, adapters and losses are one module in its eyes."""
-    if is_sharded(distiller):
-        # The user has called fully_shard, which sees to the gradients of its units. DDP would refuse them.
-        broadcast_plain(distiller)
-        return accelerator.prepare_model(distiller, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
-    if accelerator.num_processes == 1:
-        return accelerator.prepare_model(distiller, device_placement=False), accelerator.prepare_optimizer(optimizer)
-    if accelerator.is_fsdp2:
-        broadcast_plain(distiller)  # each process has made adapters of its own
-        model, optimizer = accelerator.prepare(distiller, optimizer)
-        return model, optimizer
-    with _unused_parameters_allowed(accelerator, bool(without_gradient(distiller, first_batch))):
-        model = accelerator.prepare_model(distiller, device_placement=False)
-    return model, accelerator.prepare_optimizer(optimizer)
-
-
-def without_gradient(distiller: Distiller, batch: Any) -> list[str]:
-    """The trainable parameters that no match reaches, such as a head behind the last captured layer; found by one step."""
-    named = {name: parameter for name, parameter in distiller.named_parameters() if parameter.requires_grad}
-    buffers = {name: buffer.detach().clone() for name, buffer in distiller.named_buffers()}
-    with forked(next(distiller.student.parameters()).device), torch.enable_grad():
-        total = distiller(batch, step=0).total
-        gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
-    with torch.no_grad():
-        for name, buffer in distiller.named_buffers():
-            buffer.copy_(buffers[name])
-    return [name for name, gradient in zip(named, gradients, strict=True) if gradient is None]
-
-
 def check_processes(accelerator: Accelerator) -> None:
     """Raise where several processes were started and accelerate takes each for the only one: all would train alike, alone."""
     if _launched() > 1 and accelerator.num_processes == 1:
@@ -232,23 +200,3 @@ def check_precision(distiller: Distiller, accelerator: Accelerator) -> None:
             f"mixed_precision='fp16' keeps trained parameters in float32, but {listing(half, most=4)} are float16; call "
             "student.float(), or use mixed_precision='bf16'"
         )
-
-
-@contextlib.contextmanager
-def _unused_parameters_allowed(accelerator: Accelerator, wanted: bool) -> Iterator[None]:
-    """Tell DDP that parameters without a gradient are no mistake, unless the user has told it already."""
-    from accelerate import DistributedDataParallelKwargs
-
-    handler = accelerator.ddp_handler
-    if not wanted or (handler is not None and (handler.find_unused_parameters or handler.static_graph)):
-        yield
-        return
-    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-    if handler is not None:
-        for name, value in vars(handler).items():
-            if name != "find_unused_parameters":
-                setattr(accelerator.ddp_handler, name, value)
-    try:
-        yield
-    finally:
-        accelerator.ddp_handler = handler
