@@ -37,15 +37,15 @@ from .meters import Meter, StepLosses, Where, memory
 from .processes import first_process, in_any_process
 from .setup import (
     accelerator_for,
+    check_engine,
     check_precision,
     checkpointing,
     compiling,
     in_training,
     place,
-    refuse_deepspeed,
     reproducible,
+    strategy_for,
 )
-from .strategies import Strategy
 from .students import Students
 from .trainer import TrainResult
 
@@ -63,7 +63,7 @@ def train(settings: Trainer, resume: bool | str | os.PathLike[str]) -> TrainResu
     distiller = settings.distiller
     with contextlib.ExitStack() as stack:
         accelerator = stack.enter_context(accelerator_for(settings))
-        refuse_deepspeed(accelerator)
+        check_engine(settings, accelerator)
         interruption = stack.enter_context(Interruption())
         stack.enter_context(reproducible(settings.deterministic))
         stack.enter_context(in_training(distiller))
@@ -124,7 +124,7 @@ class Run:
         )
         self.scheduler = make_scheduler(settings.scheduler, self.torch_optimizer, self.total, warmup=settings.warmup)
         check_precision(distiller, accelerator)
-        self.strategy = Strategy(distiller, self.torch_optimizer, accelerator, first)
+        self.strategy = strategy_for(settings, self.torch_optimizer, accelerator, first)
         self.stack.callback(self.strategy.close)
         self.average = average_for(settings.ema, distiller.student)
         self.balance = balance_for(settings.balance)
@@ -178,8 +178,8 @@ class Run:
             self.meter.add(where, values, rows)
             norm = self._norm()
             if self._is_taken(where, norm, group):
-                if self.strategy.step():
-                    self.scheduler.step()
+                self._step(where, group)
+                norm = self.strategy.norm_of_step() if norm is None else norm
                 if self.average is not None:
                     self.average.update(self.settings.distiller.student, self.step)
                 self._rebalance(values)
@@ -353,6 +353,13 @@ class Run:
         settings = self.settings
         wanted = settings.clip_norm is not None or settings.on_nonfinite == "skip" or self._is_logged(self.step + 1)
         return self.strategy.norm(clip=settings.clip_norm) if wanted else None
+
+    def _step(self, where: Where, group: list[Any]) -> None:
+        if self.strategy.step():
+            self.scheduler.step()
+        elif self.accelerator.scaler is None:  # with one, fp16 has overflowed, and the next step has a smaller scale
+            losses = self.meter.named(self.meter.recent[-1])
+            raise not_finite(where, losses, batches=group, taken=False, gradients=True)
 
     def _is_taken(self, where: Where, norm: Tensor | None, group: list[Any]) -> bool:
         """Whether the optimizer may make the step, as far as that can be known without waiting for a device.

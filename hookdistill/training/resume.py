@@ -15,6 +15,7 @@ from ..randomness import random_state
 from ..sharding import gathered, like
 from .checkpoints import find_checkpoint, step_of
 from .states import check_packable, read_state, write_state
+from .strategies import Strategy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,7 +84,7 @@ def restore(run: Run, checkpoint: Path) -> None:
         CheckpointError: the checkpoint is of another run.
     """
     saved = read_state(checkpoint, "run")
-    check_identity(saved["identity"], identity(run), checkpoint)
+    check_identity({"strategy": Strategy.name, **saved["identity"]}, identity(run), checkpoint)
     distiller = run.settings.distiller
     _load_model(distiller, read_state(checkpoint, "model"))
     run.strategy.load_optimizer_state(read_state(checkpoint, "optimizer"))
@@ -135,6 +136,7 @@ def identity(run: Run) -> dict[str, Any]:
         "scheduler": type(run.scheduler).__name__,
         "ema": run.average is not None,
         "balance": type(run.balance).__name__,
+        "strategy": run.strategy.name,
     }
 
 

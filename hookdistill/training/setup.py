@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from ..distiller import Distiller
 from ..errors import TrainerError, listing
 from ..paths import is_compiled, unwrap
 from ..sharding import is_sharded
+from .deepspeed_strategy import DeepSpeedStrategy, is_deepspeed, settle
 from .faults import teachers_of
+from .strategies import Strategy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,6 +32,7 @@ def accelerator_for(settings: Trainer) -> Iterator[Accelerator]:
     """The user's, or one for this training that leaves no state for the next."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, is_initialized
+    from accelerate.utils import InitProcessGroupKwargs
 
     from .checks import check_accelerator
 
@@ -37,10 +41,13 @@ def accelerator_for(settings: Trainer) -> Iterator[Accelerator]:
         yield settings.accelerator
         return
     first = not is_initialized()
+    # Left to itself, accelerate makes nothing of several processes without a GPU.
+    by_gloo = _launched() > 1 and first and not torch.accelerator.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"  # cpu=True would pass over it
     try:
         accelerator = Accelerator(
-            # Left to itself, accelerate makes nothing of several processes without a GPU.
-            cpu=True if _launched() > 1 and first and not torch.accelerator.is_available() else None,
+            cpu=True if by_gloo and not deepspeed else None,
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if by_gloo and deepspeed else None,
             mixed_precision=settings.mixed_precision,
             gradient_accumulation_steps=settings.accumulate or 1,
             log_with=list(settings.trackers) or None,
@@ -176,16 +183,23 @@ def _launched() -> int:
     return int(size) if size.isdecimal() else 1
 
 
-def refuse_deepspeed(accelerator: Accelerator) -> None:
-    """Raise where accelerate drives an engine that this trainer does not know."""
+def check_engine(settings: Trainer, accelerator: Accelerator) -> None:
+    """Raise a `TrainerError` where accelerate drives an engine that this trainer does not know, or not in this way."""
     kind = accelerator.distributed_type.value
-    if kind in ("DEEPSPEED", "MEGATRON_LM", "XLA") or (kind == "FSDP" and not accelerator.is_fsdp2):
-        own = " DeepSpeed's engine takes the distiller as its model, in a loop of your own: see docs/training.md."
+    if kind in ("MEGATRON_LM", "XLA") or (kind == "FSDP" and not accelerator.is_fsdp2):
         raise TrainerError(
-            f"accelerate is set to {kind}, which this trainer does not drive; it runs on one device, DDP and FSDP2. For "
-            "sharding choose fsdp_version: 2 in `accelerate config`, or call fully_shard on the models yourself."
-            + (own if kind == "DEEPSPEED" else "")
+            f"accelerate is set to {kind}, which this trainer does not drive; it runs on one device, DDP, FSDP2 and DeepSpeed. "
+            "For sharding choose fsdp_version: 2 in `accelerate config`, or call fully_shard on the models yourself"
         )
+    if is_deepspeed(accelerator):
+        settle(settings, accelerator)
+
+
+def strategy_for(settings: Trainer, optimizer: Optimizer, accelerator: Accelerator, first: Any) -> Strategy:
+    """How steps are made with what accelerate is set to."""
+    if is_deepspeed(accelerator):
+        return DeepSpeedStrategy(settings.distiller, optimizer, accelerator, first, clip=settings.clip_norm)
+    return Strategy(settings.distiller, optimizer, accelerator, first)
 
 
 def check_precision(distiller: Distiller, accelerator: Accelerator) -> None:

@@ -9,12 +9,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.optim import SGD, AdamW
+from torch.optim import SGD
 from torch.utils.data import DataLoader, IterableDataset
 
 from hookdistill import Distiller, ExampleMetric, Fidelity, HeldOutLosses, Match, StudentMetric, Trainer, TrainerError
 from hookdistill.loading import Passes
-from pairs import readers, same, state, tokens
+from padded import MATCHES, examples, interrupted_run, reading, steps
+from pairs import same, state
 from ranks import in_processes
 from runs import DATA, HIDDEN, LOGITS, close, constant, distiller
 
@@ -24,37 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning"),
 ]
 
-MATCHES = [
-    Match("layers.3", "layers.1", name="hidden", mask="attention_mask", weight=0.5),
-    Match("embed", "embed", loss="cosine", name="embedding", mask="attention_mask"),
-    Match(":logits", ":logits", loss="kl", temperature=2.0, name="logits", mask="attention_mask"),
-    Match(None, ":logits", loss="cross_entropy", target="labels", name="labels"),
-]
 HIDDEN_ONLY = [Match("layers.1", "layers.0", name="hidden", mask="attention_mask")]
-
-
-def reading(matches, teacher_width=12):
-    torch.manual_seed(4)  # of the adapters
-    return Distiller(*readers(teacher_width, 8), matches, example_batch=tokens())
-
-
-def examples(count=12, length=7):
-    """Rows with padding of very different lengths, and labels that are ignored here and there."""
-    draw = torch.Generator().manual_seed(5)
-    rows = []
-    for row in range(count):
-        valid = 1 + (row * row + 3) % length
-        labels = torch.randint(5, (length,), generator=draw)
-        labels[valid:] = -100
-        labels[:: 2 + row % 3] = -100
-        rows.append(
-            {
-                "input_ids": torch.randint(20, (length,), generator=draw),
-                "attention_mask": (torch.arange(length) < valid).long(),
-                "labels": labels,
-            }
-        )
-    return rows
 
 
 def gradients_of(make, batches, **settings):
@@ -184,14 +155,6 @@ def test_a_tensor_from_inside_a_sharded_unit_brings_its_gradient():
 
 
 # Whole trainings
-
-
-def steps(batch_size, *, world=1, **settings):
-    """Some passes over rows that do not come out even, on one process or several."""
-    made = reading(settings.pop("matches", MATCHES))
-    settings = {"epochs": 2, "optimizer": lambda parameters: SGD(parameters, lr=0.05, momentum=0.9), **settings}
-    result = Trainer(made, DataLoader(examples(11), batch_size), scheduler=constant, progress=False, **settings).train()
-    return {"state": state(made.student, made.adapters), "steps": result.steps, "losses": dict(result.losses)}
 
 
 @pytest.mark.parametrize("matches", [MATCHES, HIDDEN_ONLY], ids=["with a head", "the tail unused"])
@@ -332,52 +295,6 @@ def test_evaluation_counts_every_example_once(evaluate_sharded):
 
 
 # Resuming
-
-
-def interrupted_run(folder, shard, cut):
-    class Cut:
-        def __call__(self, evaluation):
-            if evaluation.step == cut:
-                raise KeyError("cut")
-            return {"score": float(evaluation.step % 4)}
-
-    def run(where, evaluators, resume):
-        torch.manual_seed(3)
-        made = reading(MATCHES)
-        made.student.layers[0] = nn.Sequential(made.student.layers[0], nn.Dropout(0.3))
-        if shard:
-            for layer in made.student.layers:
-                fully_shard(layer)
-            fully_shard(made.student)
-        trainer = Trainer(
-            made,
-            DataLoader(examples(11), 2, shuffle=True),
-            epochs=2,
-            optimizer=lambda parameters: AdamW(parameters, lr=0.01, foreach=False),
-            output_dir=where,
-            save_every=1,
-            evaluate_every=1,
-            evaluators=evaluators,
-            best="score",
-            load_best_at_end=True,
-            ema=0.5,
-            clip_norm=0.5,
-            seed=1,
-            report=False,
-            progress=False,
-        )
-        result = trainer.train(resume=resume)
-        end = [each.full_tensor() if hasattr(each, "full_tensor") else each for each in made.state_dict().values()]
-        return {"state": end, "history": [dict(each.metrics) for each in result.history], "steps": result.steps}
-
-    whole = run(f"{folder}/whole", [lambda e: {"score": float(e.step % 4)}], False)
-    try:
-        run(f"{folder}/cut", [Cut()], False)
-    except KeyError:
-        pass
-    else:
-        raise AssertionError("was not cut off")
-    return {"whole": whole, "resumed": run(f"{folder}/cut", [lambda e: {"score": float(e.step % 4)}], True)}
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "sharded"])
