@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader
@@ -173,6 +175,23 @@ def one_step_alone():
     made = reading()
     made(next(iter(DataLoader(examples(), 6)))).total.backward()
     return float(torch.cat([each.grad.flatten() for each in made.parameters() if each.grad is not None]).norm())
+
+
+def with_an_accelerator_of_ones_own():
+    """Two trainings with one, clipped otherwise; and what it has of them afterwards."""
+    plugin = DeepSpeedPlugin()
+    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+    config = str(plugin.deepspeed_config)
+    moved = [one_step({"accelerator": accelerator, "clip_norm": clip})["moved"] for clip in (0.1, 0.2)]
+    left = [*accelerator._models, *accelerator._optimizers]
+    free, same_config = accelerator.deepspeed_engine_wrapped is None, str(plugin.deepspeed_config) == config
+    return {"moved": moved, "left": len(left), "engine": free, "config": same_config}
+
+
+def test_an_accelerator_of_ones_own_is_left_as_it_was():
+    for found in in_deepspeed(with_an_accelerator_of_ones_own, zero(2)):
+        assert found.pop("moved") == pytest.approx([0.1, 0.2], rel=1e-4)
+        assert found == {"left": 0, "engine": True, "config": True}
 
 
 def accumulated(settings):
