@@ -60,7 +60,9 @@ class DistillationTrainer(transformers.Trainer):
         self._steps = 0
         super().__init__(model=distiller, args=args, **trainer_options)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise TrainerError("DistillationTrainer runs on one device and on DDP; for FSDP2 and DeepSpeed take hookdistill.Trainer")
+            raise TrainerError(
+                "DistillationTrainer runs on one device and on DDP; for FSDP2 and DeepSpeed take hookdistill.Trainer"
+            )
         if self.args.n_gpu > 1:
             raise TrainerError(
                 f"{self.args.n_gpu} GPUs in one process mean DataParallel, which captures cannot see into. Start with torchrun "
