@@ -80,6 +80,16 @@ def test_two_processes_end_where_one_does(training, stage):
         assert found["losses"] == pytest.approx(alone["losses"], abs=1e-5)
 
 
+def with_settings(settings):
+    return steps(2, **settings)
+
+
+@pytest.mark.parametrize("settings", [{"balance": "gradnorm"}, {"ema": 0.9}, {"compile": "student"}], ids=repr)
+def test_what_else_a_training_has_is_as_in_ddp(settings):
+    for found, ddp in zip(in_deepspeed(with_settings, zero(2), settings), in_processes(with_settings, settings), strict=True):
+        assert close(found["state"], ddp["state"])
+
+
 @each_stage
 def test_resumes_to_the_bit(stage, tmp_path):
     for found in in_deepspeed(interrupted_run, zero(stage), str(tmp_path), False, 4):
