@@ -389,12 +389,16 @@ def test_maps_that_cannot_be_filled_in_are_an_error():
         run(model, (), {"input_ids": ids})
 
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "vocab_size": 20, "decoder_start_token_id": 0}
-    two_stacks = T5Model(T5Config(num_layers=2, output_attentions=True, **sizes))
-    two_stacks.set_attn_implementation("sdpa")
+
+    def two_stacks(implementation):
+        model = T5Model(T5Config(num_layers=2, output_attentions=True, **sizes))
+        for config in (model.config, model.encoder.config, model.decoder.config):  # transformers 5.17 sets the first alone
+            config._attn_implementation = implementation
+        return model
+
     with pytest.raises(CaptureError, match="'decoder_attentions' of T5Model's output holds no attention maps"):
-        run(two_stacks, (), {"input_ids": ids, "decoder_input_ids": ids})
-    two_stacks.set_attn_implementation("eager")
-    output = run(two_stacks, (), {"input_ids": ids, "decoder_input_ids": ids})
+        run(two_stacks("sdpa"), (), {"input_ids": ids, "decoder_input_ids": ids})
+    output = run(two_stacks("eager"), (), {"input_ids": ids, "decoder_input_ids": ids})
     assert [len(item) for item in output if isinstance(item, tuple)] == [2, 2]
 
 

@@ -303,8 +303,10 @@ def test_arrays(run, tmp_path, name):
 
 def test_images_are_prepared_by_the_models_processor(run, tmp_path):
     from PIL import Image
-    from transformers import ViTConfig
+    from transformers import AutoImageProcessor, ViTConfig
 
+    if "torchvision" in getattr(AutoImageProcessor, "_backends", ()):
+        pytest.importorskip("torchvision", reason="this release of transformers prepares images with torchvision only")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ViTConfig(image_size=8, patch_size=4, **sizes).save_pretrained(tmp_path / "vit")
     processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}, "do_resize": True}
