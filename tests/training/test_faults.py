@@ -324,6 +324,18 @@ class Signals:
         return {"score": 0.0}
 
 
+@pytest.fixture
+def as_in_a_terminal():
+    """A process that was started in the background of a script ignores Ctrl-C, and the Trainer leaves that to it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_after_the_step_with_one_checkpoint(number, code, tmp_path, capsys):
     made = distiller()
@@ -342,6 +354,7 @@ def test_a_signal_ends_the_run_after_the_step_with_one_checkpoint(number, code, 
     assert same(state(again.student), trained(distiller()))
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize(
     ("settings", "told"),
     [({}, "there is no output_dir"), ({"save_every": None, "output_dir": "here"}, "there is save_every=None")],
@@ -353,6 +366,7 @@ def test_a_signal_where_nothing_is_saved(settings, told, capsys, tmp_path, monke
     assert f"nothing was saved, as {told}" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 def test_a_second_ctrl_c_does_not_wait():
     class Impatient(Signals):
         def __call__(self, evaluation):
