@@ -33,8 +33,10 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def settle(settings: Trainer, accelerator: Accelerator) -> None:
-    """Raise a `TrainerError` for what a training cannot have with DeepSpeed, and take the number of batches of a step from
-    DeepSpeed's config where only that has one."""
+    """Raise a `TrainerError` for what a training cannot have with DeepSpeed.
+
+    The number of batches of a step is taken from DeepSpeed's config, where only that has one.
+    """
     config = accelerator.deepspeed_plugin.deepspeed_config
     refused = {
         "ZeRO stage 3, which leaves a process a share of the weights only": _stage(config) > 2
@@ -91,8 +93,7 @@ class DeepSpeedStrategy(Strategy):
             plugin.deepspeed_config = plugin.hf_ds_config.config = theirs
 
     def batch_of_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """For forward and backward of a batch: the engine exchanges when it is the last one of a step, or each time from stage
-        2 on."""
+        """For forward and backward of a batch: the engine exchanges at the last one of a step, and at each from stage 2 on."""
         self.engine.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
 
@@ -210,7 +211,7 @@ def _check_dtypes(distiller: Distiller) -> None:
 def _warn_of_decay(distiller: Distiller, optimizer: Optimizer, first: Any) -> None:
     """Without DeepSpeed a parameter without a gradient stays as it is; the engine gives it one of 0."""
     decayed = {each for group in optimizer.param_groups if group.get("weight_decay") for each in group["params"]}
-    unreached = set(without_gradient(distiller, first))
+    unreached = set(without_gradient(distiller, first)) if decayed else set()
     shrinking = [name for name, parameter in distiller.named_parameters() if name in unreached and parameter in decayed]
     if shrinking:
         warnings.warn(

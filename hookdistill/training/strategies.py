@@ -31,7 +31,6 @@ class Strategy:
 
     def __init__(self, distiller: Distiller, optimizer: Optimizer, accelerator: Accelerator, first: Any) -> None:
         self.torch_optimizer, self.accelerator = optimizer, accelerator
-        self.accumulate: int = accelerator.gradient_accumulation_steps
         self.sharded_by_user = is_sharded(distiller)
         self.model, self.optimizer = _prepared(distiller, optimizer, accelerator, first)
 
@@ -47,7 +46,8 @@ class Strategy:
     def backward(self, total: Tensor) -> None:
         """Add the gradient of a batch's total, whose shares are those of the whole step."""
         # accelerate divides by the number of batches once more.
-        self.accelerator.backward(total * self.accumulate if self.accumulate > 1 else total)
+        batches = self.accelerator.gradient_accumulation_steps
+        self.accelerator.backward(total * batches if batches > 1 else total)
 
     def after_backwards(self) -> None:
         """What is left to exchange after the last batch of a step."""

@@ -21,7 +21,7 @@ from hookdistill import Distiller, Match, Trainer, TrainerError, load_student
 from padded import MATCHES, examples, interrupted_run, reading, steps
 from pairs import readers, same, state
 from ranks import in_processes
-from runs import close
+from runs import close, sgd
 
 pytestmark = [
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
@@ -285,19 +285,12 @@ def not_finite(where):
         return out
 
     made.student.forward = broken
-    seen = []
-
-    def optimizer(parameters):
-        optimizer = SGD(parameters, lr=0.1)
-        optimizer.register_step_post_hook(lambda *_: seen.append(1))
-        return optimizer
 
     try:
-        Trainer(made, DataLoader(examples(), 2), epochs=3, optimizer=optimizer, log_every=1, progress=False).train()
+        Trainer(made, DataLoader(examples(), 2), epochs=3, optimizer=sgd(), log_every=1, progress=False).train()
     except TrainerError as error:
         return {
             "error": str(error),
-            "steps": len(seen),
             "finite": all(bool(each.isfinite().all()) for each in made.parameters()),
         }
 
